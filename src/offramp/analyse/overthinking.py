@@ -1,0 +1,71 @@
+"""What a network that always runs to its end spoils or wastes (Kaya et al., 2019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from offramp.errors import DataError
+
+__all__ = ["Overthinking", "overthinking"]
+
+
+@dataclass(frozen=True)
+class Overthinking:
+    """Shares of all samples.
+
+    Attributes:
+        destructive: an earlier exit was right and the end is wrong.
+        rescued: destructive, and the policy's answer is right.
+        lost: the end is right and the policy's answer is wrong, the price of leaving early. The
+            accuracy of the policy is that of the end, plus ``rescued``, less ``lost``.
+        wasteful: an exit before the one that the policy took was right already.
+        wasteful_full: the end is right, and so was an earlier exit: what the whole network wastes.
+        oracle_accuracy: some exit is right: what a perfect choice of exits would reach.
+    """
+
+    destructive: float
+    rescued: float
+    lost: float
+    wasteful: float
+    wasteful_full: float
+    oracle_accuracy: float
+
+
+def overthinking(right: Tensor, exit: Tensor, answered: Tensor) -> Overthinking:
+    """Measure it.
+
+    Args:
+        right: (E, N) bool, whether each exit is right about each sample; the last is the end.
+        exit: (N,) int64, the exit that the policy took.
+        answered: (N,) bool, whether the policy's answer is right.
+
+    Returns:
+        The shares of all N samples.
+
+    Raises:
+        DataError: shapes that do not fit, or no samples.
+    """
+    if right.ndim != 2 or not right.shape[1] or exit.shape != right.shape[1:]:
+        raise DataError(
+            f"Overthinking takes right (E, N) and exit (N,) with N >= 1, got {tuple(right.shape)} "
+            f"and {tuple(exit.shape)}."
+        )
+    end, early = right[-1], right[:-1].any(dim=0)
+    # Exits strictly before the one taken: the count of right ones there, per sample.
+    before = right.long().cumsum(dim=0) - right.long()
+    waited = before.gather(0, exit[None])[0] > 0
+    destructive = early & ~end
+
+    def share(mask: Tensor) -> float:
+        return float(mask.double().mean())
+
+    return Overthinking(
+        destructive=share(destructive),
+        rescued=share(destructive & answered),
+        lost=share(end & ~answered),
+        wasteful=share(waited),
+        wasteful_full=share(early & end),
+        oracle_accuracy=share(right.any(dim=0)),
+    )

@@ -1,0 +1,126 @@
+"""Taking features out of a running backbone without touching it.
+
+Hooks stay on the tapped modules from attach() to detach(), and do nothing unless this thread is
+running this model: what is captured lives in thread-local storage, never on a module. A backbone
+that is called by itself, in this or another thread, is as it was.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from offramp.build.outputs import first_tensor
+from offramp.errors import PlaceError
+
+if TYPE_CHECKING:
+    from offramp.build.placement import Place
+
+__all__ = ["Taps"]
+
+_active = threading.local()
+
+
+class Owner:
+    """Identity of a model. Its hooks hold the same object, and deep copies of both stay together."""
+
+
+class Capture:
+    """The features of one pass: place -> tensor."""
+
+    def __init__(self) -> None:
+        self.features: dict[int, Tensor] = {}
+        self.calls: dict[str, int] = {}
+
+
+class TapHook:
+    """Forward hook of one tapped module.
+
+    Args:
+        owner: of the model that this hook serves.
+        path: of the module.
+        exits: number of the call -> index of the exit that stands there.
+        copied: exits whose feature is written over later in the pass, and so must be copied.
+    """
+
+    def __init__(
+        self, owner: Owner, path: str, exits: dict[int, int], copied: Sequence[int] = ()
+    ) -> None:
+        self.owner = owner
+        self.path = path
+        self.exits = exits
+        self.copied = frozenset(copied)
+
+    def __call__(self, module: Any, args: Any, output: Any) -> None:  # noqa: ANN401
+        """Note the output if a capture of this owner is active in this thread."""
+        capture: Capture | None = getattr(_active, "captures", {}).get(id(self.owner))
+        if capture is None:
+            return
+        call = capture.calls.get(self.path, 0)
+        capture.calls[self.path] = call + 1
+        if call not in self.exits:
+            return
+        tensor = first_tensor(output)
+        if tensor is None:
+            raise PlaceError(f"The output of {self.path!r} is no tensor in this call.")
+        index = self.exits[call]
+        capture.features[index] = tensor.clone() if index in self.copied else tensor
+
+
+class Taps:
+    """The hooks of one model.
+
+    Args:
+        backbone: whose modules are tapped.
+        places: where, in order of execution.
+        copied: indices of the places whose feature is written over later in the pass.
+    """
+
+    def __init__(self, backbone: nn.Module, places: Sequence[Place], copied: Sequence[int] = ()):
+        self.owner = Owner()
+        self.names = tuple(place.name for place in places)
+        exits: dict[str, dict[int, int]] = {}
+        for index, place in enumerate(places):
+            exits.setdefault(place.path, {})[place.call] = index
+        self._handles = [
+            backbone.get_submodule(path).register_forward_hook(
+                TapHook(self.owner, path, calls, copied)
+            )
+            for path, calls in exits.items()
+        ]
+
+    def run(
+        self, backbone: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[list[Tensor], Any]:
+        """Call the backbone; return the tapped features and what it returned.
+
+        Raises:
+            PlaceError: a tapped module did not run.
+        """
+        captures: dict[int, Capture] = _active.__dict__.setdefault("captures", {})
+        key, capture = id(self.owner), Capture()
+        outer = captures.get(key)
+        captures[key] = capture
+        try:
+            output = backbone(*args, **kwargs)
+        finally:
+            captures.pop(key)
+            if outer is not None:
+                captures[key] = outer
+        missing = [name for k, name in enumerate(self.names) if k not in capture.features]
+        if missing:
+            raise PlaceError(
+                f"No feature came from {', '.join(map(repr, missing))} in this pass. Either the "
+                "module did not run (do training and evaluation mode of the backbone differ?) or "
+                "the model was detached. Place the exit at a module that always runs."
+            )
+        return [capture.features[k] for k in range(len(self.names))], output
+
+    def remove(self) -> None:
+        """Take all hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

@@ -1,0 +1,231 @@
+"""Which tensor comes from which: one forward pass, recorded operation by operation.
+
+The recorder counts multiply-accumulates and notes what every operation reads and writes. From that
+it follows where a network can be cut: after a module whose output is the *only* costly value that
+the rest of the network still needs. A skip connection that is still open, or a branch that is yet
+to be joined, is a second such value; a mask or a position table is not, as it costs nothing to make.
+
+A value is a version of a storage, so views are the value they look at, and writing in place makes
+a new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+__all__ = ["Flow", "FlowRecorder", "count_macs"]
+
+_aten = torch.ops.aten
+
+# A value is costly when making it took at least this share of the whole network's work. Masks,
+# position tables and rotary angles stay below it.
+COSTLY = 0.01
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:  # noqa: ANN401
+    *batch, queries, width = query.shape
+    keys, out = key.shape[-2], value.shape[-1]
+    return 2 * math.prod(batch) * queries * keys * (width + out)
+
+
+def _lstm_flops(x: Tensor, w_in: Tensor, w_hidden: Tensor, *_: Any, **__: Any) -> int:  # noqa: ANN401
+    return 2 * math.prod(x.shape[:-1]) * (w_in.numel() + w_hidden.numel())
+
+
+def _mv_flops(matrix: Tensor, *_: Any, **__: Any) -> int:  # noqa: ANN401
+    return 2 * matrix.numel()
+
+
+# Operations that torch's own table of formulas does not hold.
+_EXTRA: dict[Any, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    _aten._scaled_dot_product_fused_attention_overrideable: _attention_flops,
+    _aten.mkldnn_rnn_layer: _lstm_flops,
+    _aten.mv: _mv_flops,
+}
+
+
+# What it reads, what it writes, its floating-point operations.
+Operation = tuple[tuple[int, ...], tuple[int, ...], float]
+
+
+class Flow:
+    """What a recorded pass says, once the value that is the answer is known.
+
+    Times are counts of operations: a module that ended at time ``t`` ended after the first ``t``.
+    """
+
+    def __init__(self, ops: list[Operation], overwritten: dict[int, int], answer: int) -> None:
+        count = 1 + max((v for reads, writes, _ in ops for v in (*reads, *writes)), default=answer)
+        made, last_use = [0] * count, [-1] * count
+        needed = [False] * count
+        last_use[answer], needed[answer] = len(ops), True
+        for time in range(len(ops) - 1, -1, -1):
+            reads, writes, _ = ops[time]
+            if any(needed[v] for v in writes):
+                for v in reads:
+                    needed[v] = True
+                    last_use[v] = max(last_use[v], time)
+        work = [0.0] * count
+        for time, (reads, writes, cost) in enumerate(ops):
+            deepest = max((work[v] for v in reads), default=0.0) + cost
+            for v in writes:
+                made[v], work[v] = time, deepest
+        self._made = torch.tensor(made)
+        self._last_use = torch.tensor(last_use)
+        self._costly = torch.tensor(work) >= COSTLY * max(work[answer], 1.0)
+        self._ops = ops
+        self._needed = needed
+        self._overwritten = overwritten
+
+    def needed(self, value: int) -> bool:
+        """Whether the answer depends on this value."""
+        return value < len(self._needed) and self._needed[value]
+
+    def is_cut(self, time: int, values: Iterable[int]) -> bool:
+        """Whether, at ``time``, the rest needs no other costly value than these."""
+        live = (self._made < time) & (self._last_use >= time) & self._costly
+        return set(live.nonzero().flatten().tolist()) <= set(values)
+
+    def overwritten(self, value: int, time: int) -> bool:
+        """Whether an operation after ``time`` writes into the storage of this value."""
+        return self._overwritten.get(value, -1) >= time
+
+    def all_later_work_needs(self, time: int, values: Iterable[int]) -> bool:
+        """Whether every later costly operation that the answer needs depends on these values."""
+        fed = set(values)
+        for reads, writes, cost in self._ops[time:]:
+            if any(v in fed for v in reads):
+                fed.update(writes)
+            elif cost > 0 and any(self._needed[v] for v in writes):
+                return False
+        return True
+
+
+class FlowRecorder(TorchDispatchMode):
+    """Records operations while active. ``flops`` is the running total, ``time`` the running count.
+
+    Args:
+        parameters: named tensors whose first use is noted in ``first_use``.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, parameters: Iterable[tuple[str, Tensor]] = ()) -> None:
+        super().__init__()
+        self.ops: list[Operation] = []
+        self.overwritten: dict[int, int] = {}
+        self.flops = 0.0
+        self.first_use: dict[str, int] = {}
+        self._values: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._count = 0
+        self._parameters: dict[int, list[str]] = {}
+        for name, tensor in parameters:
+            self._parameters.setdefault(_storage_key(tensor), []).append(name)
+
+    @property
+    def time(self) -> int:
+        return len(self.ops)
+
+    def value_of(self, tensor: Tensor) -> int | None:
+        """The value a tensor shows now; ``None`` for inputs, parameters and constants."""
+        found = self._values.get(_storage_key(tensor))
+        # A storage that died may have left its address to another one.
+        return found[1] if found is not None and not found[0].expired() else None
+
+    def values_of(self, output: Any) -> set[int]:  # noqa: ANN401
+        """The values of all tensors in an output of any structure."""
+        leaves = (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
+        return {value for t in leaves if (value := self.value_of(t)) is not None}
+
+    def flow(self, answer: Tensor) -> Flow | None:
+        """The recorded pass, seen from ``answer``; ``None`` if no operation made it."""
+        value = self.value_of(answer)
+        return None if value is None else Flow(self.ops, self.overwritten, value)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        overload = isinstance(func, torch._ops.OpOverload)
+        packet = func._overloadpacket if overload else None
+        formula = _EXTRA.get(packet) or flop_registry.get(packet)
+        if overload and formula is None:
+            with self:  # under inference mode composite operations arrive whole
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        inputs = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, Tensor)]
+        reads = self._read(inputs)
+        written = _written(func, args, kwargs) if overload and func._schema.is_mutable else []
+        for tensor in written:
+            if (old := self.value_of(tensor)) is not None:
+                self.overwritten[old] = self.time
+        result = func(*args, **kwargs)
+        outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        known = {_storage_key(t) for t in inputs}
+        fresh = [t for t in outputs if _storage_key(t) not in known]
+        cost = 0.0
+        if packet in _EXTRA:
+            cost = float(_EXTRA[packet](*args, **kwargs))
+        elif formula is not None:
+            cost = float(formula(*args, **kwargs, out_val=result))
+        self.flops += cost
+        self.ops.append((reads, tuple({self._write(t) for t in (*written, *fresh)}), cost))
+        return result
+
+    def _read(self, inputs: list[Tensor]) -> tuple[int, ...]:
+        reads = set()
+        for tensor in inputs:
+            for name in self._parameters.get(_storage_key(tensor), ()):
+                self.first_use.setdefault(name, self.time)
+            value = self.value_of(tensor)
+            if value is not None:
+                reads.add(value)
+        return tuple(reads)
+
+    def _write(self, tensor: Tensor) -> int:
+        value = self._count
+        self._count += 1
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse: no storage
+            storage = StorageWeakRef(tensor.untyped_storage())
+            self._values[_storage_key(tensor)] = (storage, value)
+        return value
+
+
+def count_macs(function: Callable[[], Any]) -> float:
+    """Multiply-accumulates of one call, whole batch."""
+    with torch.no_grad(), FlowRecorder() as recorder:
+        function()
+    return recorder.flops / 2
+
+
+def _storage_key(tensor: Tensor) -> int:
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
+        return -id(tensor)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:  # noqa: ANN401
+    written = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        written += [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+    return written

@@ -1,0 +1,285 @@
+"""Auxiliary classifiers: from a feature of any common shape to logits.
+
+A head is a module from the feature to ``(B, C)`` logits. If its ``forward`` has further parameters
+that are named like inputs of the backbone (``attention_mask``, ``batch``), it is given those too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offramp.build.layout import LAYOUTS, channels_last, layout_of
+from offramp.errors import HeadError, unknown_name
+
+__all__ = [
+    "HEADS",
+    "FunctionHead",
+    "MapHead",
+    "TokenHead",
+    "VectorHead",
+    "asked_inputs",
+    "make_head",
+]
+
+_SIDES, _WIDTHS = (8, 6, 4), (128, 64, 32, 16)
+
+
+class VectorHead(nn.Module):
+    """``(B, D)`` to ``(B, C)`` by one linear layer, or by two with a ReLU between.
+
+    Args:
+        width: D.
+        num_classes: C.
+        hidden: width of the hidden layer; ``None`` for a single linear layer.
+    """
+
+    def __init__(self, width: int, num_classes: int, hidden: int | None = None) -> None:
+        super().__init__()
+        self.hidden = None if hidden is None else nn.Linear(width, hidden)
+        self.classifier = nn.Linear(width if hidden is None else hidden, num_classes)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """``(B, D)`` to ``(B, C)``."""
+        if self.hidden is not None:
+            feature = torch.relu(self.hidden(feature))
+        logits: Tensor = self.classifier(feature)
+        return logits
+
+
+class MapHead(nn.Module):
+    """Maps of one to three spatial dimensions to ``(B, C)``.
+
+    Average pooling to at most ``side`` positions per dimension, a 3-wide convolution with batch
+    norm and ReLU (where ``hidden`` is given), global average, one linear layer.
+
+    Args:
+        shape: of the feature, batch included.
+        num_classes: C.
+        hidden: channels of the convolution; ``None`` for pooling alone.
+        side: positions per spatial dimension that the convolution sees.
+        last: whether the channels are last.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        num_classes: int,
+        hidden: int | None = None,
+        side: int = 8,
+        last: bool = False,
+    ) -> None:
+        super().__init__()
+        space = tuple(shape[1:-1] if last else shape[2:])
+        channels = shape[-1] if last else shape[1]
+        conv, norm, pool = _SPATIAL[len(space)]
+        self.last = last
+        self.reduce: nn.Module | None = None
+        if hidden is not None:
+            window = tuple(_window(size, side) for size in space)
+            self.reduce = nn.Sequential(
+                pool(window, window) if max(window) > 1 else nn.Identity(),
+                conv(channels, hidden, 3, padding=1, bias=False),
+                norm(hidden),
+                nn.ReLU(),
+            )
+        self.classifier = nn.Linear(channels if hidden is None else hidden, num_classes)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """``(B, C, *space)`` or ``(B, *space, C)`` to ``(B, classes)``."""
+        if self.last:
+            feature = feature.movedim(-1, 1)
+        if self.reduce is not None:
+            feature = self.reduce(feature)
+        logits: Tensor = self.classifier(feature.flatten(2).mean(2))
+        return logits
+
+
+class TokenHead(nn.Module):
+    """``(B, T, D)`` to ``(B, C)``: layer norm, one vector per sample, one linear layer.
+
+    Args:
+        width: D.
+        num_classes: C.
+        class_token: take the first token; otherwise the mean of the tokens that the mask keeps.
+    """
+
+    def __init__(self, width: int, num_classes: int, class_token: bool = False) -> None:
+        super().__init__()
+        self.class_token = class_token
+        self.norm = nn.LayerNorm(width)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, feature: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """``(B, T, D)``, and a mask ``(B, T)`` that is nonzero where a token counts."""
+        if self.class_token:
+            pooled = self.norm(feature[:, 0])
+        elif attention_mask is None:
+            pooled = self.norm(feature).mean(1)
+        else:
+            weight = (attention_mask != 0).to(feature.dtype).unsqueeze(-1)
+            pooled = (self.norm(feature) * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+        logits: Tensor = self.classifier(pooled)
+        return logits
+
+
+class FunctionHead(nn.Module):
+    """A plain function from the feature to ``(B, C)`` logits, as a module without parameters."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """Whatever the function makes of the feature."""
+        return self.function(feature)
+
+
+_SPATIAL: dict[int, tuple[Any, Any, Any]] = {
+    1: (nn.Conv1d, nn.BatchNorm1d, nn.AvgPool1d),
+    2: (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d),
+    3: (nn.Conv3d, nn.BatchNorm3d, nn.AvgPool3d),
+}
+
+
+def make_head(
+    name: str,
+    feature: Tensor,
+    num_classes: int,
+    layout: str | None = None,
+    hidden: int | None = None,
+    budget: float | None = None,
+) -> nn.Module:
+    """A new head for a feature, on its device and of its type.
+
+    Args:
+        name: ``"auto"``, ``"linear"``, ``"mlp"``, ``"conv"``, ``"pool"``, ``"token"`` or
+            ``"identity"`` (the feature is logits already).
+        feature: an example; only its shape, type and device count.
+        num_classes: width of the logits.
+        layout: such as ``"NHWC"``; found from the shape if not given.
+        hidden: width inside the head, chosen by the feature if not given.
+        budget: multiply-accumulates per sample that a convolutional head may cost. The dearest
+            width and resolution that fit are taken; where none do, pooling alone.
+
+    Raises:
+        HeadError: an unknown name or layout, or a feature that this head does not take.
+    """
+    if name not in HEADS:
+        raise HeadError(unknown_name("head", name, list(HEADS)))
+    shape = tuple(feature.shape)
+    if len(shape) not in LAYOUTS:
+        raise HeadError(
+            f"A feature of shape {shape} has {len(shape)} dimensions; heads are known for "
+            "(B, D), (B, T, D), (B, C, H, W), (B, C, T, H, W) and their channels-last forms. "
+            "Choose another place, or give a head of your own: exits={path: module}."
+        )
+    layout = layout_of(shape) if layout is None else layout
+    last = channels_last(layout, len(shape)) and len(shape) > 2
+    if name == "auto":
+        name = {2: "linear", 3: "pool" if last else "conv"}.get(len(shape), "conv")
+    head = HEADS[name](shape, last, num_classes, hidden, budget)
+    return head.to(device=feature.device, dtype=feature.dtype)
+
+
+def _vector(name: str, shape: tuple[int, ...]) -> int:
+    if len(shape) != 2:
+        raise HeadError(
+            f"The head {name!r} takes vectors (B, D) and the feature has shape {shape}. "
+            "Use 'auto', 'pool' or 'conv'."
+        )
+    return shape[1]
+
+
+def _linear(
+    shape: tuple[int, ...], last: bool, classes: int, hidden: int | None, budget: float | None
+) -> nn.Module:
+    return VectorHead(_vector("linear", shape), classes)
+
+
+def _mlp(
+    shape: tuple[int, ...], last: bool, classes: int, hidden: int | None, budget: float | None
+) -> nn.Module:
+    width = _vector("mlp", shape)
+    return VectorHead(width, classes, hidden or min(max(width, 32), 256))
+
+
+def _conv(
+    shape: tuple[int, ...], last: bool, classes: int, hidden: int | None, budget: float | None
+) -> nn.Module:
+    if len(shape) < 3:
+        raise HeadError(
+            f"The head 'conv' takes maps and the feature has shape {shape}. Use 'auto' or 'linear'."
+        )
+    space = shape[1:-1] if last else shape[2:]
+    channels = shape[-1] if last else shape[1]
+    widest = hidden or min(max(channels, 32), 128)
+    widths = [widest] if hidden else [widest, *(w for w in _WIDTHS if w < widest)]
+    options = []
+    for width in widths:
+        for side in _SIDES:
+            positions = math.prod(size // _window(size, side) for size in space)
+            options.append((3 ** len(space) * channels * width * positions, width, side))
+    fitting = [option for option in options if budget is None or option[0] <= budget]
+    if not fitting:
+        return MapHead(shape, classes, last=last)
+    _, width, side = max(fitting)
+    return MapHead(shape, classes, width, side, last)
+
+
+def _window(size: int, side: int) -> int:
+    """The least pooling window that leaves at most ``side`` positions and drops little at the edge."""
+    for window in range(-(-size // side), size):
+        if size % window <= size // 6:
+            return window
+    return size
+
+
+def _pool(
+    shape: tuple[int, ...], last: bool, classes: int, hidden: int | None, budget: float | None
+) -> nn.Module:
+    if len(shape) == 2:
+        return VectorHead(shape[1], classes)
+    if len(shape) == 3 and last:
+        return TokenHead(shape[2], classes)
+    return MapHead(shape, classes, last=last)
+
+
+def _token(
+    shape: tuple[int, ...], last: bool, classes: int, hidden: int | None, budget: float | None
+) -> nn.Module:
+    if len(shape) != 3:
+        raise HeadError(
+            f"The head 'token' takes token sequences (B, T, D) and the feature has shape {shape}. "
+            "Use 'auto' or 'pool'."
+        )
+    return TokenHead(shape[2], classes, class_token=True)
+
+
+def _identity(
+    shape: tuple[int, ...], last: bool, classes: int, hidden: int | None, budget: float | None
+) -> nn.Module:
+    return nn.Identity()
+
+
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "auto": _linear,
+    "conv": _conv,
+    "identity": _identity,
+    "linear": _linear,
+    "mlp": _mlp,
+    "pool": _pool,
+    "token": _token,
+}
+
+
+def asked_inputs(head: nn.Module) -> tuple[str, ...]:
+    """Names of the inputs of the backbone that a head wants beside its feature."""
+    parameters = list(inspect.signature(head.forward).parameters.values())
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return tuple(p.name for p in parameters[1:] if p.kind in named)

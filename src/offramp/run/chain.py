@@ -1,0 +1,114 @@
+"""The steps that a staged model takes under a policy: each a stage and the rule at its end."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from offramp.decide.criteria import Criterion
+from offramp.decide.policy import Policy
+from offramp.run.stages import RowAxis, Stage, StagedModel
+
+__all__ = ["Link", "Step", "chain"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What a runner knows of a step: what it reads and writes, and when its exit is taken.
+
+    Attributes:
+        exit: number of the exit that it ends in, counted over all exits of the model.
+        threshold: rows leave where ``score >= threshold``; ``-inf`` at the last exit.
+        inputs, outputs: names of what it reads and writes: values that cross cuts, state of the
+            criterion, ``logits``, ``score``, and ``raw`` where the criterion combines exits.
+        rows: for each of these names, where the samples lie; ``None``: no batch in it.
+        live: those that later steps read, and that are compacted when rows leave.
+    """
+
+    exit: int
+    threshold: float
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    rows: dict[str, RowAxis | None]
+    live: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Step(Link):
+    """A link that can be executed.
+
+    Attributes:
+        module: ``module(*inputs)`` returns a tuple, the outputs.
+        example: one tensor for each input, of a batch of two or more.
+    """
+
+    module: nn.Module
+    example: tuple[Tensor, ...]
+
+    @property
+    def link(self) -> Link:
+        """The step without its module."""
+        return Link(self.exit, self.threshold, self.inputs, self.outputs, self.rows, self.live)
+
+
+class _Deciding(nn.Module):
+    """A stage, and the criterion on its logits.
+
+    Where the criterion combines exits, the head's own logits, which a trace keeps, come first.
+    """
+
+    def __init__(self, stage: Stage, criterion: Criterion) -> None:
+        super().__init__()
+        self.stage = stage.module
+        self.criterion = criterion
+        self.live = len(stage.inputs)
+        self.exit = stage.exit
+
+    def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        raw, *made = self.stage(*values[: self.live])
+        logits, score, state = self.criterion(raw, tuple(values[self.live :]), self.exit)
+        own = (raw,) if self.criterion.combines else ()
+        return (*own, logits, score, *state, *made)
+
+
+def chain(staged: StagedModel, policy: Policy, num_exits: int) -> list[Step]:
+    """The steps of a staged model under a policy.
+
+    Raises:
+        PolicyError: the policy is for another number of exits.
+    """
+    thresholds = (*policy.thresholds_for(num_exits), -math.inf)
+    criterion = policy.criterion.eval()
+    own = ("raw",) if criterion.combines else ()
+    values = dict(zip(staged.inputs, staged.call.tensors, strict=True))
+    state: tuple[str, ...] = ()
+    steps = []
+    for position, stage in enumerate(staged.stages):
+        module = _Deciding(stage, criterion).eval()
+        reads = (*stage.inputs, *state)
+        example = tuple(values[name] for name in reads)
+        with torch.no_grad():
+            outputs = module(*example)
+        before, last = state, position == len(staged.stages) - 1
+        count = len(outputs) - len(own) - 2 - len(stage.outputs)
+        state = tuple(f"state_{stage.exit}_{i}" for i in range(count))
+        writes = (*own, "logits", "score", *state, *stage.outputs)
+        plain = dict.fromkeys((*own, "logits", "score", *before, *state), RowAxis())
+        live = () if last else (*staged.live_after(position), *state)
+        steps.append(
+            Step(
+                exit=stage.exit,
+                threshold=thresholds[stage.exit],
+                inputs=reads,
+                outputs=writes,
+                rows={**staged.rows, **plain},
+                live=live,
+                module=module,
+                example=example,
+            )
+        )
+        values.update(zip(writes, outputs, strict=True))
+    return steps

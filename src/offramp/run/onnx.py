@@ -1,0 +1,307 @@
+"""Stages as ONNX graphs, and all of them with the rule in one.
+
+All steps are converted in one go, as parts of one graph that do not touch each other: each has its
+own inputs and its own batch size. Split, they are the models of the stages. Connected, they are the
+file to deploy::
+
+    score >= threshold -> NonZero -> Gather what is live -> next step -> ScatterND into the answer
+
+There is no ``If``: where nobody is left, kernels return at once on zero rows, and the weights of
+all stages keep the layout that the runtime prefers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+from torch.export import Dim
+
+from offramp.errors import StageError
+from offramp.run.stages import RowAxis
+
+if TYPE_CHECKING:
+    from offramp.run.chain import Step
+
+__all__ = ["connect", "convert", "split"]
+
+OPSET = 18
+IR_VERSION = 10
+
+
+class _Side(nn.Module):
+    """Steps side by side, each on its own inputs."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(modules)
+
+    def forward(self, *values: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        return [step(*given) for step, given in zip(self.steps, values, strict=True)]
+
+
+def convert(steps: Sequence[Step]) -> onnx.ModelProto:
+    """All steps as one graph of parts that do not touch; values are named ``position/name``.
+
+    Raises:
+        StageError: an operator has no counterpart in ONNX; it is named.
+    """
+    shapes = []
+    for position, step in enumerate(steps):
+        batch = Dim(f"batch_{position}", min=1)
+        shapes.append(tuple(_dynamic(step.rows.get(name), batch) for name in step.inputs))
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                _Side([step.module for step in steps]).eval(),
+                # One tensor given twice would be traced as one input of both parts.
+                tuple(tuple(value.clone() for value in step.example) for step in steps),
+                dynamic_shapes=(tuple(shapes),),
+                strict=False,
+            )
+            converted = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=[f"{k}/{name}" for k, s in enumerate(steps) for name in s.inputs],
+                output_names=[f"{k}/{name}" for k, s in enumerate(steps) for name in s.outputs],
+                opset_version=OPSET,
+                verbose=False,
+            )
+    except Exception as error:
+        reason = next((text for text in str(error).splitlines() if text.strip()), "")
+        raise StageError(
+            f"These stages cannot be written as ONNX: {type(error).__name__}: {reason[:400]}. "
+            "Use engine='torch', or replace the operator."
+        ) from error
+    if converted is None:
+        raise StageError("torch.onnx gave no model for these stages. Use engine='torch'.")
+    return converted.model_proto
+
+
+def _dynamic(axis: RowAxis | None, batch: Any) -> dict[int, Any] | None:  # noqa: ANN401
+    if axis is None:
+        return None
+    return {axis.dim: batch if axis.multiple == 1 else axis.multiple * batch}
+
+
+def split(model: onnx.ModelProto, steps: Sequence[Step]) -> list[onnx.ModelProto]:
+    """One model for each step, its inputs and outputs in the step's order."""
+    graph = model.graph
+    parts = _parts(graph, [[f"{k}/{name}" for name in s.outputs] for k, s in enumerate(steps)])
+    infos = {value.name: value for value in (*graph.input, *graph.output)}
+    models = []
+    for position, (step, nodes) in enumerate(zip(steps, parts, strict=True)):
+        used = {name for node in nodes for name in _reads(node)}
+        part = helper.make_graph(
+            nodes,
+            f"stage_{position}",
+            [infos[f"{position}/{name}"] for name in step.inputs],
+            [infos[f"{position}/{name}"] for name in step.outputs],
+            [value for value in graph.initializer if value.name in used],
+        )
+        models.append(_model(part, model))
+    return models
+
+
+def _parts(graph: onnx.GraphProto, outputs: Sequence[Sequence[str]]) -> list[list[onnx.NodeProto]]:
+    """For each list of outputs, the nodes that lead to them, in order."""
+    nodes = list(graph.node)
+    made_by = {name: i for i, node in enumerate(nodes) for name in node.output if name}
+    parts = []
+    for names in outputs:
+        wanted: set[int] = set()
+        pending = list(names)
+        while pending:
+            index = made_by.get(pending.pop())
+            if index is not None and index not in wanted:
+                wanted.add(index)
+                pending.extend(_reads(nodes[index]))
+        parts.append([nodes[index] for index in sorted(wanted)])
+    return parts
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """Every outer value that a node reads, also inside its subgraphs."""
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                names.extend(_reads(inner))
+    return names
+
+
+def _model(graph: onnx.GraphProto, like: onnx.ModelProto) -> onnx.ModelProto:
+    model = helper.make_model(
+        graph, opset_imports=like.opset_import, functions=list(like.functions)
+    )
+    model.ir_version = min(like.ir_version, IR_VERSION)
+    model.producer_name = "offramp"
+    return model
+
+
+def connect(
+    model: onnx.ModelProto, steps: Sequence[Step], names: Sequence[str]
+) -> onnx.ModelProto:
+    """The whole rule in one graph.
+
+    Args:
+        model: what :func:`convert` made.
+        steps: the steps.
+        names: the names that the file's inputs get, in the order of the first step's values that
+            are inputs of the model.
+
+    Returns:
+        A model with the inputs ``names`` and ``thresholds`` (optional: it has a default), and the
+        outputs ``logits`` (B, C), ``prediction`` (B,), ``exit`` (B,), ``score`` (B,).
+    """
+    return _Connector(model, steps, names).model()
+
+
+class _Connector:
+    def __init__(
+        self, model: onnx.ModelProto, steps: Sequence[Step], names: Sequence[str]
+    ) -> None:
+        self.source = model
+        self.steps = steps
+        self.names = names
+        self.graph = model.graph
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, np.ndarray] = {}
+
+    def model(self) -> onnx.ModelProto:
+        self._check_names()
+        live = dict(zip(self.steps[0].inputs, self.names, strict=True))
+        first = self.names[0]
+        size = self._add("Gather", [self._add("Shape", [first]), self._constant(0)])
+        rows = self._add("Range", [self._constant(0), size, self._constant(1)])
+        named = [[f"{k}/{name}" for name in s.outputs] for k, s in enumerate(self.steps)]
+        placed: set[str] = set()  # a constant may serve several parts
+        answer: dict[str, str] = {}
+        for position, part in enumerate(_parts(self.graph, named)):
+            step = self.steps[position]
+            self._bind(position, step, live)
+            self.nodes.extend(node for node in part if node.output[0] not in placed)
+            placed.update(node.output[0] for node in part)
+            found = {name: f"{position}/{name}" for name in step.outputs}
+            live.update(found)
+            answer = self._answer(position, step, rows, answer, found)
+            if position < len(self.steps) - 1:
+                rows, live = self._survivors(position, step, rows, live)
+        return self._finish(answer)
+
+    def _check_names(self) -> None:
+        taken = {name for node in self.graph.node for name in node.output}
+        clash = taken.intersection({*self.names, "thresholds", *_OUTPUTS})
+        for node in self.graph.node:  # free the public names
+            for values in (node.input, node.output):
+                for i, name in enumerate(values):
+                    if name in clash:
+                        values[i] = f"inner/{name}"
+
+    def _bind(self, position: int, step: Step, live: dict[str, str]) -> None:
+        for name in step.inputs:
+            self.nodes.append(
+                helper.make_node("Identity", [live[name]], [f"{position}/{name}"])
+            )
+
+    def _answer(
+        self,
+        position: int,
+        step: Step,
+        rows: str,
+        answer: dict[str, str],
+        found: dict[str, str],
+    ) -> dict[str, str]:
+        exits = self._add(
+            "Expand",
+            [self._constant(step.exit), self._add("Shape", [found["score"]])],
+        )
+        fresh = {"logits": found["logits"], "score": found["score"], "exit": exits}
+        if not answer:
+            return fresh
+        where = self._add("Unsqueeze", [rows, self._constant([1])])
+        return {
+            name: self._add("ScatterND", [answer[name], where, fresh[name]]) for name in fresh
+        }
+
+    def _survivors(
+        self, position: int, step: Step, rows: str, live: dict[str, str]
+    ) -> tuple[str, dict[str, str]]:
+        threshold = self._add("Gather", ["thresholds", self._constant(position)])
+        accepts = self._add("GreaterOrEqual", [f"{position}/score", threshold])
+        stays = self._add("NonZero", [self._add("Not", [accepts])])
+        stay = self._add("Squeeze", [stays, self._constant([0])])
+        kept = {name: self._take(live[name], step.rows[name], stay, rows) for name in step.live}
+        return self._add("Gather", [rows, stay]), kept
+
+    def _take(self, value: str, axis: RowAxis | None, stay: str, rows: str) -> str:
+        if axis is None:
+            return value
+        index = stay
+        if axis.multiple > 1:
+            part = np.arange(axis.multiple)
+            column, line = self._constant([1]), self._constant([0])
+            if axis.inner:
+                batch = self._add("Shape", [rows])
+                outer = self._add("Mul", [self._constant(part[:, None]), batch])
+                grid = self._add("Add", [outer, self._add("Unsqueeze", [stay, line])])
+            else:
+                scaled = self._add("Mul", [stay, self._constant(axis.multiple)])
+                outer = self._add("Unsqueeze", [scaled, column])
+                grid = self._add("Add", [outer, self._constant(part[None, :])])
+            index = self._add("Reshape", [grid, self._constant([-1])])
+        return self._add("Gather", [value, index], axis=axis.dim)
+
+    def _finish(self, answer: dict[str, str]) -> onnx.ModelProto:
+        for name in ("logits", "exit", "score"):
+            self.nodes.append(helper.make_node("Identity", [answer[name]], [name]))
+        self.nodes.append(
+            helper.make_node("ArgMax", [answer["logits"]], ["prediction"], axis=-1, keepdims=0)
+        )
+        defaults = np.array([s.threshold for s in self.steps[:-1]], np.float32)
+        given = {v.name: v for v in self.graph.input}
+        inputs = []
+        for name, inner in zip(self.names, self.steps[0].inputs, strict=True):
+            value = onnx.ValueInfoProto()
+            value.CopyFrom(given[f"0/{inner}"])
+            value.name = name
+            inputs.append(value)
+        inputs.append(helper.make_tensor_value_info("thresholds", TensorProto.FLOAT, defaults.shape))
+        kinds = {v.name: v for v in self.graph.output}
+        logits = kinds["0/logits"].type.tensor_type
+        classes = logits.shape.dim[1].dim_value
+        outputs = [
+            helper.make_tensor_value_info("logits", logits.elem_type, ["batch", classes]),
+            helper.make_tensor_value_info("prediction", TensorProto.INT64, ["batch"]),
+            helper.make_tensor_value_info("exit", TensorProto.INT64, ["batch"]),
+            helper.make_tensor_value_info(
+                "score", kinds["0/score"].type.tensor_type.elem_type, ["batch"]
+            ),
+        ]
+        made = [numpy_helper.from_array(v, name) for name, v in self.constants.items()]
+        made.append(numpy_helper.from_array(defaults, "thresholds"))
+        graph = helper.make_graph(
+            self.nodes, "offramp", inputs, outputs, [*self.graph.initializer, *made]
+        )
+        return _model(graph, self.source)
+
+    def _constant(self, value: object) -> str:
+        array = np.asarray(value, np.int64)
+        name = f"rule/constant_{'x'.join(map(str, array.shape))}_{'_'.join(map(str, array.flat))}"
+        self.constants[name] = array
+        return name
+
+    def _add(self, kind: str, inputs: list[str], **attributes: Any) -> str:  # noqa: ANN401
+        out = f"rule/{kind.lower()}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [out], **attributes))
+        return out
+
+
+_OUTPUTS = ("logits", "prediction", "exit", "score")

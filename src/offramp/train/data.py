@@ -1,0 +1,262 @@
+"""Batches for training: reproducible order, checked labels, samples that can be recognised.
+
+Data draw their randomness (shuffling, augmentation) from a stream of their own, seeded for every
+epoch. So an epoch sees the same batches whether training was interrupted before it or not, and
+whatever the model itself draws for dropout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import warnings
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offramp.build.batch import Batch, fingerprints, unpack
+from offramp.errors import DataError
+
+__all__ = ["Census", "EpochLoader", "RandomStream", "check_labels", "derive_seed", "random_state"]
+
+# Above this share of validation samples that are also training samples, validating is refused.
+# Below, it is a few duplicates, which published data sets have, and is worth a warning.
+SHARED_LIMIT = 0.01
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on all ``parts``, and on nothing else."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def random_state() -> tuple[Tensor, Any, Any]:
+    """States of the generators that data code draws from: torch (CPU), numpy, Python."""
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+
+
+def set_random_state(state: tuple[Tensor, Any, Any]) -> None:
+    """Undo what happened since :func:`random_state`."""
+    torch.set_rng_state(state[0])
+    np.random.set_state(state[1])  # noqa: NPY002
+    random.setstate(state[2])
+
+
+class RandomStream:
+    """A context in which the global generators are a stream of their own, starting from a seed.
+
+    It can be entered many times: each time the stream goes on where it stopped, and outside of it
+    the generators never notice.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._inner: tuple[Tensor, Any, Any] | None = None
+        self._outer: tuple[Tensor, Any, Any] | None = None
+
+    def __enter__(self) -> None:
+        self._outer = random_state()
+        if self._inner is not None:
+            set_random_state(self._inner)
+            return
+        torch.default_generator.manual_seed(self._seed)
+        np.random.seed(self._seed % 2**32)  # noqa: NPY002
+        random.seed(self._seed)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._inner = random_state()
+        if self._outer is not None:
+            set_random_state(self._outer)
+
+
+class EpochLoader:
+    """A loader whose every epoch is reproducible, and whose batches are understood and checked.
+
+    The position is set from outside before each epoch; iterating does not change it.
+
+    Attributes:
+        loader: what the user gave: an iterable of batches that can be walked again and again.
+        seed: of all epochs.
+        num_classes: labels must lie below.
+        role: ``"training"`` or ``"validation"``, for errors.
+        epoch: number of the epoch over all phases, counted from 0.
+        skip: batches that are fetched and dropped at the start of the epoch.
+        census: counts the samples of epoch 0, if given.
+    """
+
+    def __init__(
+        self,
+        loader: Iterable[Any],
+        *,
+        seed: int,
+        num_classes: int,
+        role: str = "training",
+        census: Census | None = None,
+    ) -> None:
+        self.loader = loader
+        self.seed = seed
+        self.num_classes = num_classes
+        self.role = role
+        self.census = census
+        self.epoch = 0
+        self.skip = 0
+        if self.length == 0:
+            raise DataError(
+                f"The {role} loader yields no batch: its length is 0. Is the data set empty, or "
+                "smaller than one batch with drop_last=True?"
+            )
+
+    @property
+    def length(self) -> int | None:
+        """Batches of a whole epoch, or ``None`` where the loader cannot tell."""
+        try:
+            return len(self.loader)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            return None
+
+    def __len__(self) -> int:
+        if self.length is None:
+            raise TypeError(f"The {self.role} loader has no length.")
+        return max(self.length - self.skip, 0)
+
+    def __iter__(self) -> Iterator[Batch]:
+        seed = derive_seed(self.seed, self.role, self.epoch)
+        stream = RandomStream(seed)
+        _seed_generators(self.loader, seed, self.epoch)
+        with stream:
+            batches = iter(self.loader)
+        for index in range(2**62):
+            with stream:
+                try:
+                    batch = self._read(next(batches), index)
+                except StopIteration:
+                    break
+            if self.census is not None and self.epoch == 0:
+                self.census.add(batch)
+            if index >= self.skip:
+                yield batch
+        else:  # pragma: no cover
+            return
+        if index == 0:
+            raise DataError(
+                f"The {self.role} loader yields no batch in epoch {self.epoch + 1}. A generator can "
+                "be walked only once: give a DataLoader or a list of batches."
+            )
+
+    def _read(self, item: Any, index: int) -> Batch:
+        batch = unpack(item)
+        labels = check_labels(
+            batch.labels, self.num_classes, f"Batch {index} of the {self.role} loader"
+        )
+        return Batch(batch.args, batch.kwargs, labels)
+
+
+class Census:
+    """Who was in the training data: hashes of its samples, and which classes they had.
+
+    Args:
+        validation: ``(V,)`` hashes of samples that must not be trained on, if there are any.
+    """
+
+    def __init__(self, validation: Tensor | None = None) -> None:
+        self._validation = None if validation is None else np.unique(validation.numpy())
+        self._shared: set[int] = set()
+        self._hashes: list[Tensor] = []
+        self._classes: set[int] = set()
+
+    def add(self, batch: Batch) -> None:
+        """Count a batch.
+
+        Raises:
+            DataError: too many samples of the validation data came by.
+        """
+        hashes = fingerprints(batch)
+        self._hashes.append(hashes)
+        if batch.labels is not None and len(self._classes) < 2:
+            self._classes.update(batch.labels.unique().tolist())
+        if self._validation is None or not len(self._validation):
+            return
+        found = np.intersect1d(hashes.numpy(), self._validation)
+        self._shared.update(found.tolist())
+        share = len(self._shared) / len(self._validation)
+        if share > SHARED_LIMIT:
+            raise DataError(
+                f"The validation loader shares samples with the training loader: already "
+                f"{len(self._shared)} of its {len(self._validation)} distinct samples were trained "
+                "on. Split the data before making loaders, and leave out duplicates."
+            )
+
+    def close(self) -> Tensor:
+        """Warn about what looks wrong, and return all hashes.
+
+        Returns:
+            Sorted, distinct int64 hashes.
+        """
+        if len(self._classes) == 1:
+            warnings.warn(
+                f"All labels of the training loader are {next(iter(self._classes))}: with one "
+                "class there is nothing to learn. Is the data set sorted, or a subset of one "
+                "class?",
+                stacklevel=2,
+            )
+        if self._shared:
+            warnings.warn(
+                f"{len(self._shared)} of the {len(self._validation or ())} validation samples are "
+                "also in the training data.",
+                stacklevel=2,
+            )
+        return torch.cat(self._hashes).unique() if self._hashes else torch.empty(0).long()
+
+
+def check_labels(labels: Tensor | None, num_classes: int, whose: str) -> Tensor:
+    """The labels as ``(B,)`` int64.
+
+    Raises:
+        DataError: there are none, they are not integers, not one-dimensional, or out of range.
+    """
+    if labels is None:
+        raise DataError(
+            f"{whose} has no labels. Training needs (input, label) pairs, or mappings with the key "
+            "'labels' or 'label'."
+        )
+    if labels.is_floating_point() or labels.is_complex():
+        raise DataError(
+            f"{whose} has labels of type {labels.dtype}. Expected integers: class indices from 0 "
+            f"to {num_classes - 1}. Convert them with labels.long(), or one-hot rows with "
+            "labels.argmax(1)."
+        )
+    if labels.dim() != 1:
+        raise DataError(
+            f"{whose} has labels of shape {tuple(labels.shape)}. Expected (B,): one class index "
+            "per sample. Use labels.squeeze(1) for (B, 1), labels.argmax(1) for one-hot rows."
+        )
+    if labels.numel():
+        low, high = (int(value) for value in labels.aminmax())
+        if low < 0 or high >= num_classes:
+            raise DataError(
+                f"{whose} has label {low if low < 0 else high}, out of range: the backbone has "
+                f"{num_classes} classes, so labels go from 0 to {num_classes - 1}."
+            )
+    return labels.long()
+
+
+def _seed_generators(loader: Any, seed: int, epoch: int) -> None:
+    """Generators and epoch counters that the loader and its samplers bring along."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None)
+    for owner in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        set_epoch = getattr(owner, "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)

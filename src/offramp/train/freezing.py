@@ -1,0 +1,149 @@
+"""What a phase trains is trained, and nothing else moves.
+
+Three things can move a network that was meant to stand still: the optimiser (weight decay and
+momentum act even where the gradient is zero), the running statistics of normalisation layers, and
+dropout. So what a phase does not train gets no gradient, is never given to the optimiser, and runs
+in evaluation mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn import Parameter
+
+from offramp.build.model import MultiExitModel
+from offramp.errors import DataError
+from offramp.train.schemes import Phase
+
+__all__ = ["Trained", "trained_parts"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The parts of a model that one phase trains.
+
+    Attributes:
+        parameters: name in the model -> parameter; none of them was frozen by the user.
+        modules: modules that run in training mode. All others run in evaluation mode.
+        gradient_scales: parameter name -> factor on its gradient, where it is not 1.
+    """
+
+    model: MultiExitModel
+    parameters: dict[str, Parameter]
+    modules: frozenset[nn.Module]
+    gradient_scales: dict[str, float]
+
+    def set_modes(self) -> None:
+        """Training mode for the trained modules, evaluation mode for all others."""
+        for module in self.model.modules():
+            module.training = module in self.modules
+
+    @contextmanager
+    def only(self) -> Iterator[None]:
+        """Gradients for the trained parameters alone; what was asked for before, afterwards."""
+        chosen = {id(parameter) for parameter in self.parameters.values()}
+        before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        modes = [(module, module.training) for module in self.model.modules()]
+        try:
+            for parameter, _ in before:
+                parameter.requires_grad_(id(parameter) in chosen)
+            self.set_modes()
+            yield
+        finally:
+            for parameter, wanted in before:
+                parameter.requires_grad_(wanted)
+                parameter.grad = None
+            for module, mode in modes:
+                module.training = mode
+
+
+def trained_parts(model: MultiExitModel, phase: Phase) -> Trained:
+    """Find what ``phase`` trains in ``model``.
+
+    Parameters that the user froze (``requires_grad=False``) stay frozen, and a module all of whose
+    own parameters are so runs in evaluation mode. Parts of the backbone that did not run when the
+    exits were attached belong to the last stage.
+
+    Raises:
+        DataError: nothing is left to train.
+    """
+    stages = _stages_of_parameters(model)
+    parameters = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and _belongs(name, stages, phase)
+    }
+    if not parameters:
+        raise DataError(
+            f"Phase {phase.name!r} has nothing to train: all its parameters have "
+            "requires_grad=False. Call requires_grad_() on what should learn."
+        )
+    scales = {}
+    if phase.equilibrium:
+        for name in parameters:
+            served = [k for k in phase.exits if name in stages and k >= stages[name]]
+            if len(served) > 1:
+                scales[name] = 1 / len(served)
+    return Trained(model, parameters, _training_modules(model, phase), scales)
+
+
+def _belongs(name: str, stages: dict[str, int], phase: Phase) -> bool:
+    if name in stages:
+        return stages[name] in phase.stages
+    return int(name.split(".")[1]) in phase.heads  # heads.<k>.<...>
+
+
+def _stages_of_parameters(model: MultiExitModel) -> dict[str, int]:
+    last = model.num_exits - 1
+    stages = {f"backbone.{name}": last for name, _ in model.backbone.named_parameters()}
+    for k in range(last):
+        stages.update({f"backbone.{name}": k for name, _ in model.stage_parameters(k)})
+    return stages
+
+
+def _training_modules(model: MultiExitModel, phase: Phase) -> frozenset[nn.Module]:
+    last = model.num_exits - 1
+    whole = len(phase.stages) == model.num_exits
+    stages = {module: k for k in range(last) for _, module in model.stage_modules(k)}
+    owners = {
+        module: stages.get(module, last) in phase.stages and not _frozen(module)
+        for module in model.backbone.modules()
+        if _owns_state(module)
+    }
+    training = _settle(model.backbone, owners, inherited=whole, divided=whole)
+    for k in phase.heads:
+        training.update(m for m in model.heads[k].modules() if not _frozen(m))
+    if whole:
+        training.add(model)
+    return frozenset(training)
+
+
+def _settle(
+    module: nn.Module, owners: dict[nn.Module, bool], *, inherited: bool, divided: bool
+) -> set[nn.Module]:
+    """The modules at and below ``module`` that run in training mode.
+
+    An owner of parameters or statistics was decided by its stage. What owns none (dropout,
+    containers) follows the owners below it when they agree, is ``divided`` when they do not, and
+    follows its parent when there are none.
+    """
+    below = {owners[owner] for owner in module.modules() if owner in owners}
+    here = inherited if not below else divided if len(below) > 1 else below == {True}
+    training = {module} if owners.get(module, here) else set()
+    for child in module.children():
+        training |= _settle(child, owners, inherited=here, divided=divided)
+    return training
+
+
+def _owns_state(module: nn.Module) -> bool:
+    has_parameter = next(iter(module.parameters(recurse=False)), None) is not None
+    return has_parameter or next(iter(module.buffers(recurse=False)), None) is not None
+
+
+def _frozen(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return bool(own) and not any(parameter.requires_grad for parameter in own)

@@ -1,0 +1,341 @@
+"""Losses over a sequence of exits: pure functions of logits and labels, usable in anybody's loop.
+
+Everywhere ``outputs`` is what a multi-exit model returns, or any sequence of ``E`` logits tensors
+of shape ``(B, C)``, the last being the backbone's own; ``labels`` is ``(B,)`` int64 with values in
+``[0, C)``. In a plain loop the first function is all it takes::
+
+    loss = cross_entropy(model(x), y, weights=[0.3, 0.6, 1.0])
+
+Schemes use *objectives*: callables ``(outputs, labels, exits) -> (K, B)`` that give one term per
+supervised exit and sample. The loop takes the mean over samples and the weighted sum over exits.
+Objectives wrap each other, so ``Matched(Distill(CrossEntropy(label_smoothing=0.1)))`` needs no
+new class, and a plain function of the same signature does as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from offramp.errors import DataError, unknown_name
+
+__all__ = [
+    "Boosting",
+    "CrossEntropy",
+    "Distill",
+    "Matched",
+    "Objective",
+    "boosted",
+    "cross_entropy",
+    "distillation",
+    "exit_accuracy",
+    "exit_losses",
+    "leave_shares",
+    "sample_losses",
+]
+
+Teacher = Literal["last", "ensemble"]
+
+
+class Objective(Protocol):
+    """What a phase minimises: one term for every supervised exit and sample."""
+
+    def __call__(
+        self, outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
+    ) -> Tensor:
+        """Terms of the loss.
+
+        Args:
+            outputs: ``E`` tensors ``(B, C)``.
+            labels: ``(B,)`` int64.
+            exits: indices of the ``K`` supervised exits; all of them when ``None``. Backward must
+                reach no other exit, so that what is not supervised costs nothing.
+
+        Returns:
+            ``(K, B)``.
+        """
+        ...
+
+
+def sample_losses(
+    outputs: Sequence[Tensor],
+    labels: Tensor,
+    exits: Sequence[int] | None = None,
+    *,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross entropy of every exit for every sample.
+
+    Args:
+        outputs: ``E`` tensors ``(B, C)``.
+        labels: ``(B,)`` int64.
+        exits: indices of ``K`` exits; all of them when ``None``.
+        label_smoothing: share of the target that is spread evenly over the classes.
+
+    Returns:
+        ``(K, B)`` in nats.
+    """
+    rows = [
+        F.cross_entropy(outputs[k], labels, reduction="none", label_smoothing=label_smoothing)
+        for k in _chosen(outputs, exits)
+    ]
+    return torch.stack(rows)
+
+
+def exit_losses(
+    outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
+) -> Tensor:
+    """Mean cross entropy of every exit: ``(K,)`` in nats."""
+    return torch.stack([F.cross_entropy(outputs[k], labels) for k in _chosen(outputs, exits)])
+
+
+def cross_entropy(
+    outputs: Sequence[Tensor], labels: Tensor, weights: Sequence[float] | Tensor | None = None
+) -> Tensor:
+    """Weighted sum of the exits' cross entropies.
+
+    ``L = sum_k w_k * CE(logits_k, y)``: the joint loss of BranchyNet (Teerapittayanon et al.,
+    ICPR 2016, section III-B).
+
+    Args:
+        outputs: ``E`` tensors ``(B, C)``.
+        labels: ``(B,)`` int64.
+        weights: ``E`` weights; all one when ``None``.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        DataError: the number of weights is not the number of exits.
+    """
+    losses = exit_losses(outputs, labels)
+    if weights is None:
+        return losses.sum()
+    factors = torch.as_tensor(weights, dtype=losses.dtype, device=losses.device)
+    if factors.shape != losses.shape:
+        raise DataError(
+            f"Weights of shape {tuple(factors.shape)} do not fit {len(losses)} exits. "
+            f"Give one weight per exit, the last being the backbone's own."
+        )
+    return (factors * losses).sum()
+
+
+def exit_accuracy(outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Share of the samples that each exit classifies rightly: ``(E,)`` float."""
+    hits = torch.stack([logits.argmax(-1) for logits in outputs]) == labels
+    return hits.float().mean(1)
+
+
+def distillation(
+    outputs: Sequence[Tensor],
+    exits: Sequence[int] | None = None,
+    *,
+    teacher: Teacher = "last",
+    temperature: float = 3.0,
+) -> Tensor:
+    """Divergence of each exit from the network's own best answer.
+
+    ``T^2 * KL(softmax(t / T) || softmax(z_k / T))``: distillation between the exits of one network
+    (Phuong and Lampert, "Distillation-based training for multi-exit architectures", ICCV 2019,
+    eq. 4). The teacher gets no gradient.
+
+    Args:
+        outputs: ``E`` tensors ``(B, C)``.
+        exits: indices of ``K`` exits; all of them when ``None``.
+        teacher: ``"last"``, the backbone's own logits, or ``"ensemble"``, the mean of all exits'
+            tempered probabilities.
+        temperature: ``T > 0``; larger is softer.
+
+    Returns:
+        ``(K, B)`` in nats; exactly zero for the last exit when it is the teacher.
+    """
+    with torch.no_grad():
+        if teacher == "last":
+            target = torch.softmax(outputs[-1] / temperature, -1)
+        else:
+            target = torch.stack([torch.softmax(z / temperature, -1) for z in outputs]).mean(0)
+        negative_entropy = torch.special.xlogy(target, target).sum(-1)
+    rows = []
+    for k in _chosen(outputs, exits):
+        if teacher == "last" and k == len(outputs) - 1:
+            rows.append(torch.zeros_like(negative_entropy))
+            continue
+        cross = -(target * torch.log_softmax(outputs[k] / temperature, -1)).sum(-1)
+        rows.append(temperature**2 * (cross + negative_entropy))
+    return torch.stack(rows)
+
+
+def boosted(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Running sums of the exits' logits, each exit correcting the ones before.
+
+    ``F_k = z_k + stop_gradient(F_{k-1})``: Boosted Dynamic Neural Networks (Yu et al., AAAI 2023,
+    eq. 3). What is trained so must be decided on the same running sums.
+
+    Args:
+        outputs: ``E`` tensors ``(B, C)``.
+
+    Returns:
+        ``E`` tensors ``(B, C)``.
+    """
+    sums: list[Tensor] = []
+    for logits in outputs:
+        sums.append(logits + sums[-1].detach() if sums else logits)
+    return sums
+
+
+def leave_shares(outputs: Sequence[Tensor], sharpness: float = 10.0) -> Tensor:
+    """How likely each sample is to leave at each exit, judged by the exits' confidence.
+
+    A sample stops at exit ``k`` with ``g_k = sigmoid(sharpness * (c_k - mean c_k))``, where ``c_k``
+    is its largest softmax probability; the last exit takes the rest. So
+    ``p_k = g_k * prod_{j<k} (1 - g_j)``, and every column sums to one.
+
+    Args:
+        outputs: ``E`` tensors ``(B, C)``.
+        sharpness: how sudden the decision is; the limit is a hard threshold at the batch mean.
+
+    Returns:
+        ``(E, B)`` without gradient.
+    """
+    with torch.no_grad():
+        remaining = torch.ones_like(outputs[0][:, 0])
+        rows = []
+        for logits in outputs[:-1]:
+            confidence = torch.softmax(logits, -1).amax(-1)
+            gate = torch.sigmoid(sharpness * (confidence - confidence.mean()))
+            rows.append(remaining * gate)
+            remaining = remaining * (1 - gate)
+        return torch.stack([*rows, remaining])
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross entropy of each exit with the labels.
+
+    Attributes:
+        label_smoothing: share of the target that is spread evenly over the classes.
+    """
+
+    label_smoothing: float = 0.0
+
+    def __call__(
+        self, outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
+    ) -> Tensor:
+        """Terms ``(K, B)``; see :func:`sample_losses`."""
+        return sample_losses(outputs, labels, exits, label_smoothing=self.label_smoothing)
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Another objective, mixed with distillation from the network's own best answer.
+
+    ``(1 - a) * objective + a * T^2 KL``; see :func:`distillation`. The last exit keeps the plain
+    objective when it is the teacher, as it has nothing to learn from itself.
+
+    Attributes:
+        objective: what is mixed with.
+        teacher: ``"last"`` or ``"ensemble"``.
+        temperature: ``T > 0``.
+        weight: ``a`` in ``[0, 1]``.
+    """
+
+    objective: Objective = field(default_factory=CrossEntropy)
+    teacher: Teacher = "last"
+    temperature: float = 3.0
+    weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if self.teacher not in ("last", "ensemble"):
+            raise DataError(unknown_name("teacher", str(self.teacher), ["last", "ensemble"]))
+        if not self.temperature > 0:
+            raise DataError(f"Expected a temperature above 0, but got {self.temperature}.")
+        if not 0 <= self.weight <= 1:
+            raise DataError(
+                f"Expected a distillation weight from 0 to 1, but got {self.weight}. "
+                "It is the share of the loss that comes from the teacher."
+            )
+
+    def __call__(
+        self, outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
+    ) -> Tensor:
+        """Terms ``(K, B)``."""
+        chosen = _chosen(outputs, exits)
+        hard = self.objective(outputs, labels, chosen)
+        soft = distillation(outputs, chosen, teacher=self.teacher, temperature=self.temperature)
+        share = torch.full((len(chosen), 1), self.weight, dtype=hard.dtype, device=hard.device)
+        if self.teacher == "last":
+            share[[k == len(outputs) - 1 for k in chosen]] = 0.0
+        return torch.lerp(hard, soft, share)
+
+
+@dataclass(frozen=True)
+class Boosting:
+    """Another objective on the running sums of logits, so that each exit learns what is left over.
+
+    See :func:`boosted`.
+
+    Attributes:
+        objective: what is computed on the sums.
+    """
+
+    objective: Objective = field(default_factory=CrossEntropy)
+
+    def __call__(
+        self, outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
+    ) -> Tensor:
+        """Terms ``(K, B)``."""
+        return self.objective(boosted(outputs), labels, exits)
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Another objective, each exit trained mostly on the samples that will leave there.
+
+    Training sees every sample at every exit, inference does not: easy samples leave early. Each
+    term is multiplied by ``(1 - s) * p_k / mean p_k + s``, with ``p_k`` from :func:`leave_shares`.
+    The gap is that of "Learning to Weight Samples for Dynamic Early-exiting Networks" (Han et al.,
+    ECCV 2022); here the weights follow from the exits' confidence instead of a second network.
+
+    Attributes:
+        objective: what is weighted.
+        floor: ``s`` in ``[0, 1]``, the share of the weight that every sample keeps at every exit.
+        sharpness: how sudden leaving is.
+    """
+
+    objective: Objective = field(default_factory=CrossEntropy)
+    floor: float = 0.5
+    sharpness: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not 0 <= self.floor <= 1:
+            raise DataError(f"Expected a floor from 0 to 1, but got {self.floor}.")
+
+    def __call__(
+        self, outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
+    ) -> Tensor:
+        """Terms ``(K, B)``."""
+        chosen = _chosen(outputs, exits)
+        shares = leave_shares(outputs, self.sharpness)[chosen]
+        relative = shares / shares.mean(1, keepdim=True).clamp_min(1e-12)
+        terms = self.objective(outputs, labels, chosen)
+        return terms * (self.floor + (1 - self.floor) * relative)
+
+
+def _chosen(outputs: Sequence[Tensor], exits: Sequence[int] | None) -> list[int]:
+    count = len(outputs)
+    if exits is None:
+        return list(range(count))
+    wrong = [k for k in exits if not 0 <= k < count]
+    if wrong:
+        raise DataError(
+            f"There is no exit {wrong[0]}: the outputs hold {count} exits, counted from 0; "
+            f"the last, {count - 1}, is the backbone's own."
+        )
+    return list(exits)
