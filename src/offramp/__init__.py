@@ -1,8 +1,8 @@
 """Early exits for any PyTorch network: a rule decides when to stop, and stopping saves the time.
 
-The flow: :func:`attach` exits to a backbone, :func:`fit` them, :func:`record` what they say on data,
-:func:`calibrate` when to stop, :func:`evaluate` what that does, run it with a :class:`Runner`, and
-:func:`export` it to a file that :func:`load` reads.
+The flow: :func:`attach` exits to a backbone, :func:`fit` them, :func:`record` what they say on
+data, :func:`calibrate` when to stop, :func:`evaluate` what that does, run it with a
+:class:`Runner`, and :func:`export` it to a file that :func:`load` reads.
 """
 
 from __future__ import annotations

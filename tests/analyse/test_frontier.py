@@ -33,7 +33,9 @@ def test_every_point_is_what_a_replay_says(policy):
 def test_the_curve_runs_through_the_policy(policy):
     trace = make_trace()
     own = float(replay(trace, policy).cost.mean()) / trace.full_cost
-    assert any(point.cost_ratio == pytest.approx(own) for point in turned(trace, policy, trace.labels))
+    assert any(
+        point.cost_ratio == pytest.approx(own) for point in turned(trace, policy, trace.labels)
+    )
 
 
 def test_the_curve_runs_from_all_leave_to_none():
@@ -42,7 +44,8 @@ def test_the_curve_runs_from_all_leave_to_none():
     costs = [point.cost_ratio for point in points]
     assert costs == sorted(costs)
     assert costs[0] == pytest.approx(1.05 / 4)
-    assert costs[-1] == pytest.approx(1.0)
+    assert 1.0 in costs  # all exits off, so no head runs
+    assert costs[-1] < 1.0375  # all heads run and hardly anyone leaves
 
 
 def test_an_exit_that_is_off_stays_off():

@@ -80,7 +80,9 @@ def test_paired_difference_covers_as_promised():
     rng = np.random.default_rng(0)
     true = 0.04 - 0.06
     draws = rng.multinomial(200, [0.04, 0.06, 0.90], size=2000)
-    hits = [low <= true <= high for low, high in (paired_difference(g, b, 200) for g, b, _ in draws)]
+    hits = [
+        low <= true <= high for low, high in (paired_difference(g, b, 200) for g, b, _ in draws)
+    ]
     assert 0.93 <= np.mean(hits) <= 0.97
 
 

@@ -36,7 +36,9 @@ def test_the_numbers_are_those_of_the_replay(report):
     decisions = replay(trace, POLICY)
     right = decisions.prediction == trace.labels
     assert report.early.accuracy == pytest.approx(float(right.double().mean()))
-    assert report.full.accuracy == float((trace.logits[-1].argmax(1) == trace.labels).double().mean())
+    assert report.full.accuracy == float(
+        (trace.logits[-1].argmax(1) == trace.labels).double().mean()
+    )
     assert report.difference[0] == pytest.approx(report.early.accuracy - report.full.accuracy)
     assert report.cost_ratio == pytest.approx(float(decisions.cost.mean()) / 4)
     low, high = report.cost_interval
@@ -120,9 +122,7 @@ def test_calibrated_on_the_same_trace_warns():
 
 def test_training_data_warns():
     trace = make_trace()
-    seen = Trace(
-        trace.logits, trace.labels, trace.stage_costs, trace.head_costs, source="training"
-    )
+    seen = Trace(trace.logits, trace.labels, trace.stage_costs, trace.head_costs, source="training")
     with pytest.warns(UserWarning, match="holds training data"):
         evaluate(seen, POLICY)
 

@@ -70,7 +70,13 @@ def oracle(trace: Trace, right: Tensor, answered: Tensor, level: float) -> Basel
 
 
 def random_exit(
-    trace: Trace, right: Tensor, answered: Tensor, exit: Tensor, cost: float, level: float, seed: int
+    trace: Trace,
+    right: Tensor,
+    answered: Tensor,
+    exit: Tensor,
+    cost: float,
+    level: float,
+    seed: int,
 ) -> Baseline:
     """Samples leave at random, as many at each exit as under the policy, so at equal cost.
 

@@ -53,20 +53,18 @@ def turned(trace: Trace, policy: Policy, reference: Tensor, steps: int = 20) -> 
     held = policy.thresholds_for(trace.num_exits)
     off = [policy.thresholds is not None and value == math.inf for value in held]
     samples = trace.num_samples
-    below = [
-        float((row < value).double().mean()) for row, value in zip(scores, held, strict=True)
-    ]
+    below = [float((row < value).double().mean()) for row, value in zip(scores, held, strict=True)]
     settings = [held]
     for step in range(1, steps + 1):
         rest = 1 - step / steps
         for quantiles in ([q * rest for q in below], [1 - (1 - q) * rest for q in below]):
             # The score below which this share of the samples lies; past the last, nobody leaves.
             ranks = [math.ceil(q * samples - 1e-9) for q in quantiles]
-            thresholds = [
+            turned_to = [
                 math.inf if skip or rank >= samples else float(row[rank])
                 for row, rank, skip in zip(ordered, ranks, off, strict=True)
             ]
-            settings.append(tuple(thresholds))
+            settings.append(tuple(turned_to))
     points: dict[float, Point] = {}
     for thresholds in settings:
         point = _point(trace, policy, thresholds, scores, answers, reference)

@@ -21,7 +21,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
        color: #1a1a1a; background: #fff }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd }
+th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap;
+         border-bottom: 1px solid #ddd }
 th:first-child, td:first-child { text-align: left }
 tr.chosen td { font-weight: 600; background: #fdf0e6 }
 .verdict { padding: .8rem 1rem; border-left: 4px solid #1b9e77; background: #eef7f4 }

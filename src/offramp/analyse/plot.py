@@ -76,7 +76,7 @@ def draw(report: Report, ax: Axes | None = None) -> Axes:
         label="early exits, 95 % intervals",
         zorder=5,
     )
-    unit = "MACs" if report.cost_unit == "macs" else report.cost_unit
+    unit = "MACs" if report.cost_unit.lower() == "macs" else report.cost_unit
     ax.set_xlabel(f"mean cost per sample ({unit}), share of the full network's")
     ax.set_ylabel(f"{report.measure} (%)")
     ax.set_xlim(left=0)

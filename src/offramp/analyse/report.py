@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from offramp.analyse import baselines
@@ -115,7 +114,7 @@ class Report:
     notes: tuple[str, ...] = ()
     measured: Mapping[str, Any] = field(default_factory=dict)
 
-    def with_measurements(self, **measured: Any) -> Report:
+    def with_measurements(self, **measured: object) -> Report:
         """The same report with what was measured beside the trace.
 
         Args:

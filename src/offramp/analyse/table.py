@@ -31,7 +31,9 @@ def render(report: Report) -> Group:
     tone = "green" if report.verdict.worth_it else "yellow"
     lines = [Text(f"{name}: {text}") for name, text in facts(report)]
     notes = [Text(note, style="yellow") for note in report.notes]
-    return Group(table, *lines, *notes, Text(f"Verdict: {report.verdict.text}", style=f"bold {tone}"))
+    return Group(
+        table, *lines, *notes, Text(f"Verdict: {report.verdict.text}", style=f"bold {tone}")
+    )
 
 
 def as_text(report: Report) -> str:
@@ -44,7 +46,7 @@ def as_text(report: Report) -> str:
 
 def columns(report: Report) -> list[str]:
     """Headings of the table."""
-    unit = "MACs" if report.cost_unit == "macs" else f"cost ({report.cost_unit})"
+    unit = "MACs" if report.cost_unit.lower() == "macs" else f"cost ({report.cost_unit})"
     timed = [f"ms, batch {size}" for size, _ in batches(report)]
     heads = ["", report.measure, "95 % interval", "leave", "right of those", unit, "of full"]
     return [*heads, "ECE", *timed]
@@ -98,7 +100,8 @@ def facts(report: Report) -> list[tuple[str, str]]:
     time = report.measured.get("time")
     if time:
         speed = ", ".join(
-            f"{times['speedup']:.2f} times as fast at batch {size}" for size, times in batches(report)
+            f"{times['speedup']:.2f} times as fast at batch {size}"
+            for size, times in batches(report)
         )
         threads = f"{time['threads']} thread{'s' if time['threads'] != 1 else ''}"
         found.append(("Measured", f"{speed} ({time['engine']}, {threads}; per sample)"))
@@ -135,9 +138,9 @@ def cost_text(cost: float) -> str:
     return f"{cost:.3g}"
 
 
-def _milliseconds(value: Any, index: int | None) -> str:
-    if index is not None and value is not None:
-        value = value[index]
+def _milliseconds(value: float | Sequence[float] | None, index: int | None) -> str:
+    if isinstance(value, Sequence):
+        value = None if index is None else value[index]
     return "" if value is None else f"{value:.3f}"
 
 

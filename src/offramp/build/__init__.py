@@ -1,0 +1,1 @@
+"""A backbone becomes a multi-exit model: cost, places, heads, and the model itself."""

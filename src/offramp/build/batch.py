@@ -46,7 +46,7 @@ class Batch:
 def unpack(item: Any, label_names: Sequence[str] = ("labels", "label")) -> Batch:  # noqa: ANN401
     """Read what a loader yields.
 
-    * ``(x, y)``: ``x`` goes to the backbone (by keyword where it is a mapping), ``y`` is the labels;
+    * ``(x, y)``: ``x`` goes to the backbone (by keyword if it is a mapping), ``y`` is the labels;
     * ``(x1, x2, ..., y)``: all but the last go to the backbone, in order;
     * a mapping: its entries go by keyword, the first of ``label_names`` it holds is the labels;
     * a tensor alone: the input; there are no labels.

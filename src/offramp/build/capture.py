@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from offramp.build.outputs import first_tensor
+from offramp.build.outputs import tensors_in
 from offramp.errors import PlaceError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _active = threading.local()
 
 
 class Owner:
-    """Identity of a model. Its hooks hold the same object, and deep copies of both stay together."""
+    """Identity of a model. Its hooks hold it too, and deep copies of both stay together."""
 
 
 class Capture:
@@ -42,12 +42,12 @@ class TapHook:
     Args:
         owner: of the model that this hook serves.
         path: of the module.
-        exits: number of the call -> index of the exit that stands there.
+        exits: number of the call -> index of the exit there, and which tensor of the output.
         copied: exits whose feature is written over later in the pass, and so must be copied.
     """
 
     def __init__(
-        self, owner: Owner, path: str, exits: dict[int, int], copied: Sequence[int] = ()
+        self, owner: Owner, path: str, exits: dict[int, tuple[int, int]], copied: Sequence[int] = ()
     ) -> None:
         self.owner = owner
         self.path = path
@@ -63,10 +63,11 @@ class TapHook:
         capture.calls[self.path] = call + 1
         if call not in self.exits:
             return
-        tensor = first_tensor(output)
-        if tensor is None:
-            raise PlaceError(f"The output of {self.path!r} is no tensor in this call.")
-        index = self.exits[call]
+        index, item = self.exits[call]
+        tensors = tensors_in(output)
+        if item >= len(tensors):
+            raise PlaceError(f"The output of {self.path!r} is no tensor in this pass.")
+        tensor = tensors[item]
         capture.features[index] = tensor.clone() if index in self.copied else tensor
 
 
@@ -76,15 +77,15 @@ class Taps:
     Args:
         backbone: whose modules are tapped.
         places: where, in order of execution.
-        copied: indices of the places whose feature is written over later in the pass.
     """
 
-    def __init__(self, backbone: nn.Module, places: Sequence[Place], copied: Sequence[int] = ()):
+    def __init__(self, backbone: nn.Module, places: Sequence[Place]) -> None:
+        copied = [index for index, place in enumerate(places) if place.copied]
         self.owner = Owner()
         self.names = tuple(place.name for place in places)
-        exits: dict[str, dict[int, int]] = {}
+        exits: dict[str, dict[int, tuple[int, int]]] = {}
         for index, place in enumerate(places):
-            exits.setdefault(place.path, {})[place.call] = index
+            exits.setdefault(place.path, {})[place.call] = (index, place.item)
         self._handles = [
             backbone.get_submodule(path).register_forward_hook(
                 TapHook(self.owner, path, calls, copied)

@@ -3,7 +3,7 @@
 The recorder counts multiply-accumulates and notes what every operation reads and writes. From that
 it follows where a network can be cut: after a module whose output is the *only* costly value that
 the rest of the network still needs. A skip connection that is still open, or a branch that is yet
-to be joined, is a second such value; a mask or a position table is not, as it costs nothing to make.
+to be joined, is a second such value; a mask or a position table is not, as making it costs nothing.
 
 A value is a version of a storage, so views are the value they look at, and writing in place makes
 a new one.
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,64 +55,89 @@ _EXTRA: dict[Any, Callable[..., int]] = {
 }
 
 
-# What it reads, what it writes, its floating-point operations.
-Operation = tuple[tuple[int, ...], tuple[int, ...], float]
+# What is first read when at most this share of the work is left was kept for the end.
+AT_THE_END = 0.05
+
+
+class Operation(NamedTuple):
+    """The values that an operation reads and writes, and its floating-point operations."""
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    flops: float
 
 
 class Flow:
     """What a recorded pass says, once the value that is the answer is known.
 
     Times are counts of operations: a module that ended at time ``t`` ended after the first ``t``.
+
+    Args:
+        operations: in order.
+        overwritten: value -> time of the operation that wrote over it.
+        answer: the value that the pass was for.
     """
 
-    def __init__(self, ops: list[Operation], overwritten: dict[int, int], answer: int) -> None:
-        count = 1 + max((v for reads, writes, _ in ops for v in (*reads, *writes)), default=answer)
-        made, last_use = [0] * count, [-1] * count
+    def __init__(
+        self, operations: Sequence[Operation], overwritten: Mapping[int, int], answer: int
+    ) -> None:
+        count = 1 + max((v for op in operations for v in (*op.reads, *op.writes)), default=answer)
+        made, last_use, work = [0] * count, [-1] * count, [0.0] * count
         needed = [False] * count
-        last_use[answer], needed[answer] = len(ops), True
-        for time in range(len(ops) - 1, -1, -1):
-            reads, writes, _ = ops[time]
-            if any(needed[v] for v in writes):
-                for v in reads:
+        last_use[answer], needed[answer] = len(operations), True
+        uses: dict[int, list[int]] = {answer: [len(operations)]}
+        left = [0.0] * (len(operations) + 1)
+        for time in range(len(operations) - 1, -1, -1):
+            op = operations[time]
+            left[time] = left[time + 1] + op.flops
+            if any(needed[v] for v in op.writes):
+                for v in op.reads:
                     needed[v] = True
                     last_use[v] = max(last_use[v], time)
-        work = [0.0] * count
-        for time, (reads, writes, cost) in enumerate(ops):
-            deepest = max((work[v] for v in reads), default=0.0) + cost
-            for v in writes:
+                    uses.setdefault(v, []).append(time)
+        for time, op in enumerate(operations):
+            deepest = max((work[v] for v in op.reads), default=0.0) + op.flops
+            for v in op.writes:
                 made[v], work[v] = time, deepest
-        self._made = torch.tensor(made)
-        self._last_use = torch.tensor(last_use)
-        self._costly = torch.tensor(work) >= COSTLY * max(work[answer], 1.0)
-        self._ops = ops
-        self._needed = needed
-        self._overwritten = overwritten
+        self._operations, self._overwritten = operations, overwritten
+        self._needed, self._uses, self._left = needed, uses, left
+        self._made, self._last_use = torch.tensor(made), torch.tensor(last_use)
+        self._costly = torch.tensor(work) >= COSTLY * max(left[0], 1.0)
 
-    def needed(self, value: int) -> bool:
+    def needed(self, value: int | None) -> bool:
         """Whether the answer depends on this value."""
-        return value < len(self._needed) and self._needed[value]
+        return value is not None and value < len(self._needed) and self._needed[value]
 
-    def is_cut(self, time: int, values: Iterable[int]) -> bool:
-        """Whether, at ``time``, the rest needs no other costly value than these."""
-        live = (self._made < time) & (self._last_use >= time) & self._costly
-        return set(live.nonzero().flatten().tolist()) <= set(values)
-
-    def overwritten(self, value: int, time: int) -> bool:
+    def overwritten(self, value: int | None, time: int) -> bool:
         """Whether an operation after ``time`` writes into the storage of this value."""
-        return self._overwritten.get(value, -1) >= time
+        return value is not None and self._overwritten.get(value, -1) >= time
+
+    def is_cut(self, time: int, values: Collection[int]) -> bool:
+        """Whether, at ``time``, the rest needs no other costly value than these.
+
+        Values that are kept for the very end do not count: a network that joins the outputs of all
+        its layers there is still one stream.
+        """
+        live = (self._made < time) & (self._last_use >= time) & self._costly
+        others = set(live.nonzero().flatten().tolist()).difference(values)
+        return all(self._kept_for_the_end(value, time) for value in others)
+
+    def _kept_for_the_end(self, value: int, time: int) -> bool:
+        next_use = min(use for use in self._uses[value] if use >= time)
+        return self._left[next_use] <= AT_THE_END * self._left[0]
 
     def all_later_work_needs(self, time: int, values: Iterable[int]) -> bool:
         """Whether every later costly operation that the answer needs depends on these values."""
         fed = set(values)
-        for reads, writes, cost in self._ops[time:]:
-            if any(v in fed for v in reads):
-                fed.update(writes)
-            elif cost > 0 and any(self._needed[v] for v in writes):
+        for op in self._operations[time:]:
+            if not fed.isdisjoint(op.reads):
+                fed.update(op.writes)
+            elif op.flops > 0 and any(self._needed[v] for v in op.writes):
                 return False
         return True
 
 
-class FlowRecorder(TorchDispatchMode):
+class FlowRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records operations while active. ``flops`` is the running total, ``time`` the running count.
 
     Args:
@@ -122,8 +147,8 @@ class FlowRecorder(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]] = ()) -> None:
-        super().__init__()
-        self.ops: list[Operation] = []
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[Operation] = []
         self.overwritten: dict[int, int] = {}
         self.flops = 0.0
         self.first_use: dict[str, int] = {}
@@ -135,23 +160,21 @@ class FlowRecorder(TorchDispatchMode):
 
     @property
     def time(self) -> int:
-        return len(self.ops)
+        """Operations recorded so far."""
+        return len(self.operations)
 
     def value_of(self, tensor: Tensor) -> int | None:
         """The value a tensor shows now; ``None`` for inputs, parameters and constants."""
         found = self._values.get(_storage_key(tensor))
         # A storage that died may have left its address to another one.
-        return found[1] if found is not None and not found[0].expired() else None
-
-    def values_of(self, output: Any) -> set[int]:  # noqa: ANN401
-        """The values of all tensors in an output of any structure."""
-        leaves = (t for t in pytree.tree_leaves(output) if isinstance(t, Tensor))
-        return {value for t in leaves if (value := self.value_of(t)) is not None}
+        if found is None or found[0].expired():  # type: ignore[no-untyped-call]
+            return None
+        return found[1]
 
     def flow(self, answer: Tensor) -> Flow | None:
         """The recorded pass, seen from ``answer``; ``None`` if no operation made it."""
         value = self.value_of(answer)
-        return None if value is None else Flow(self.ops, self.overwritten, value)
+        return None if value is None else Flow(self.operations, self.overwritten, value)
 
     def __torch_dispatch__(
         self,
@@ -185,7 +208,8 @@ class FlowRecorder(TorchDispatchMode):
         elif formula is not None:
             cost = float(formula(*args, **kwargs, out_val=result))
         self.flops += cost
-        self.ops.append((reads, tuple({self._write(t) for t in (*written, *fresh)}), cost))
+        writes = tuple({self._write(t) for t in (*written, *fresh)})
+        self.operations.append(Operation(reads, writes, cost))
         return result
 
     def _read(self, inputs: list[Tensor]) -> tuple[int, ...]:
@@ -202,7 +226,7 @@ class FlowRecorder(TorchDispatchMode):
         value = self._count
         self._count += 1
         with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse: no storage
-            storage = StorageWeakRef(tensor.untyped_storage())
+            storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             self._values[_storage_key(tensor)] = (storage, value)
         return value
 
@@ -211,7 +235,8 @@ def count_macs(function: Callable[[], Any]) -> float:
     """Multiply-accumulates of one call, whole batch."""
     with torch.no_grad(), FlowRecorder() as recorder:
         function()
-    return recorder.flops / 2
+    macs: float = recorder.flops / 2
+    return macs
 
 
 def _storage_key(tensor: Tensor) -> int:

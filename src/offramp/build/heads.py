@@ -27,7 +27,7 @@ __all__ = [
     "make_head",
 ]
 
-_SIDES, _WIDTHS = (8, 6, 4), (128, 64, 32, 16)
+_SIDES, _WIDTHS = (8, 6, 4, 3, 2), (128, 64, 32, 16)
 
 
 class VectorHead(nn.Module):
@@ -233,7 +233,7 @@ def _conv(
 
 
 def _window(size: int, side: int) -> int:
-    """The least pooling window that leaves at most ``side`` positions and drops little at the edge."""
+    """The least window that leaves at most ``side`` positions and drops little at the edge."""
     for window in range(-(-size // side), size):
         if size % window <= size // 6:
             return window

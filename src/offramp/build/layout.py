@@ -44,9 +44,7 @@ class ChannelUse:
     last: bool
 
 
-def channel_use(
-    module: nn.Module, shape: tuple[int, ...], value: int | None
-) -> ChannelUse | None:
+def channel_use(module: nn.Module, shape: tuple[int, ...], value: int | None) -> ChannelUse | None:
     """What a module says about the layout of its input; ``None`` if it says nothing."""
     size, last = _channels(module)
     if size is None or len(shape) < 3:
@@ -79,17 +77,19 @@ def _channels(module: nn.Module) -> tuple[int | None, bool]:
 
 def find_layout(profile: CostProfile, call: ModuleCall) -> str:
     """Layout of the output of a call, such as ``"NCHW"``."""
-    shape = call.shape or ()
+    if call.feature is None or len(call.feature.shape) not in LAYOUTS:
+        raise HeadError(f"The output of {call.path!r} has no layout: {call.feature}.")
+    shape, value = call.feature.shape, call.feature.value
     for later in profile.calls:
-        if later.uses is None or later.began < call.ended or call.value is None:
+        if later.uses is None or later.began < call.ended or value is None:
             continue
-        if later.uses.value == call.value and later.uses.shape == shape:
+        if later.uses.value == value and later.uses.shape == shape:
             return LAYOUTS[len(shape)][later.uses.last]
     return layout_of(shape)
 
 
 def layout_of(shape: Sequence[int]) -> str:
-    """Layout as far as the shape tells: sequences and what is undecided follow the field's habit."""
+    """Layout as far as the shape tells; sequences and the undecided follow the field's habit."""
     first, last = LAYOUTS[len(shape)]
     if len(shape) == 3:
         return last

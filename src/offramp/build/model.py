@@ -12,21 +12,22 @@ from torch.nn import functional
 
 from offramp.build.batch import as_call, batch_size, take_rows
 from offramp.build.capture import Taps
-from offramp.build.cost import CostProfile, ExitCosts, ModuleCall, as_found, profile
+from offramp.build.cost import CostProfile, ExitCosts, ModuleCall, profile
 from offramp.build.flow import count_macs
 from offramp.build.heads import FunctionHead, TokenHead, asked_inputs, make_head
 from offramp.build.layout import LAYOUTS, find_layout
 from offramp.build.outputs import ExitOutputs, LogitsFunction, find_logits
-from offramp.build.placement import Exits, Place, resolve
 from offramp.build.ownership import StageMap, map_stages
-from offramp.errors import DataError, HeadError
+from offramp.build.placement import Exits, Place, resolve
+from offramp.build.watch import as_found
+from offramp.errors import DataError, HeadError, PlaceError
 
 __all__ = ["ExitOutputs", "HeadLike", "MultiExitModel", "attach"]
 
 HeadLike = str | nn.Module | Callable[..., Tensor]
 
 # An automatic convolutional head may cost this share of the backbone.
-HEAD_SHARE = 0.01
+HEAD_SHARE = 0.015
 
 
 class MultiExitModel(nn.Module):
@@ -163,14 +164,13 @@ def attach(
         HeadError: a head does not fit its feature or the classes.
     """
     args, kwargs = as_call(example)
+    kwargs.pop("labels", None)  # as in the model's forward, they are not the backbone's
     if select is None and batch_size(args, kwargs) < 2:
         raise DataError(
             "The example has a batch of 1. Expected at least 2 samples: with a single one the "
             "batch dimension cannot be told from the others. Pass two rows or more."
         )
-    found = profile(
-        backbone, args, kwargs, cost, logits=logits, batch_first=select is None
-    )
+    found = profile(backbone, args, kwargs, cost, logits=logits, batch_first=select is None)
     if num_classes is not None and num_classes != found.num_classes:
         raise HeadError(
             f"num_classes={num_classes} and the backbone's logits have {found.num_classes} "
@@ -179,35 +179,22 @@ def attach(
     places = resolve(found, exits)
     wanted = _wanted_heads(exits, heads, places)
     calls = [found.calls_of(place.path)[place.call] for place in places]
-    taps = Taps(backbone, places, [k for k, call in enumerate(calls) if call.overwritten])
     if select is None:
-        args, kwargs = take_rows(args, kwargs, torch.arange(2))
-    try:
-        with as_found(backbone):
-            features, _ = taps.run(backbone, args, kwargs)
-            named = named_inputs(backbone, args, kwargs)
-            built = [
-                _build_head(head, feature, found, place)
-                for head, feature, place in zip(wanted, features, places, strict=True)
-            ]
-            costs = ExitCosts(
-                stages=_stage_costs(found, calls),
-                heads=(
-                    *(
-                        _check_head(head, feature, named, found, place)
-                        for head, feature, place in zip(built, features, places, strict=True)
-                    ),
-                    0.0,
-                ),
-                by=cost,
-            )
-        stages = map_stages(backbone, found, places)
-        return MultiExitModel(
-            backbone, taps, built, costs, stages, found.num_classes, logits=logits, select=select
-        )
-    except BaseException:
-        taps.remove()
-        raise
+        args, kwargs = take_rows(args, kwargs, torch.arange(found.batch))
+    with as_found(backbone):
+        named = named_inputs(backbone, args, kwargs)
+        made = [_make(head, call, found, named) for head, call in zip(wanted, calls, strict=True)]
+    costs = ExitCosts(_stage_costs(found, calls), (*(macs for _, macs in made), 0.0), by=cost)
+    return MultiExitModel(
+        backbone,
+        Taps(backbone, places),
+        [head for head, _ in made],
+        costs,
+        map_stages(backbone, found, places),
+        found.num_classes,
+        logits=logits,
+        select=select,
+    )
 
 
 def named_inputs(
@@ -241,7 +228,8 @@ def _wanted_heads(
             raise HeadError(
                 "exits is a mapping from path to head and heads is given too. Give the heads once."
             )
-        given = {str(path): head for path, head in exits.items()}
+        names = {place.name for place in places}
+        given = {p if p in names else p.removesuffix("@0"): head for p, head in exits.items()}
         return [given[place.name] for place in places]
     if isinstance(heads, str):
         return [heads] * len(places)
@@ -254,33 +242,32 @@ def _wanted_heads(
     return list(heads)
 
 
-def _build_head(
-    head: HeadLike, feature: Tensor, found: CostProfile, place: Place
-) -> nn.Module:
-    if isinstance(head, nn.Module):
-        return head
+def _make(
+    head: HeadLike, call: ModuleCall, found: CostProfile, named: Mapping[str, Tensor]
+) -> tuple[nn.Module, float]:
+    """The head as a module, tried on a feature, and its cost per sample in MACs."""
+    if call.feature is None:
+        raise PlaceError(f"The output of {found.name(call)!r} holds no tensor.")
+    shape, dtype, device = call.feature.shape, call.feature.dtype, call.feature.device
+    feature = torch.zeros(shape, dtype=dtype, device=device)
     if isinstance(head, str):
-        call = found.calls_of(place.path)[place.call]
-        layout = find_layout(found, call) if feature.dim() in LAYOUTS else None
-        return make_head(
-            head, feature, found.num_classes, layout=layout, budget=HEAD_SHARE * found.macs
-        )
-    if callable(head):
-        return FunctionHead(head)
-    raise HeadError(
-        f"The head at {place.name!r} is of type {type(head).__name__!r}. Expected a name, an "
-        "nn.Module, or a function from the feature to (B, C) logits."
-    )
+        layout = find_layout(found, call) if len(shape) in LAYOUTS else None
+        budget = HEAD_SHARE * found.macs
+        head = make_head(head, feature, found.num_classes, layout=layout, budget=budget)
+    elif not isinstance(head, nn.Module):
+        if not callable(head):
+            raise HeadError(
+                f"The head at {found.name(call)!r} is of type {type(head).__name__!r}. Expected a "
+                "name, an nn.Module, or a function from the feature to (B, C) logits."
+            )
+        head = FunctionHead(head)
+    return head, _try_head(head, feature, named, found, found.name(call))
 
 
-def _check_head(
-    head: nn.Module,
-    feature: Tensor,
-    named: Mapping[str, Tensor],
-    found: CostProfile,
-    place: Place,
+def _try_head(
+    head: nn.Module, feature: Tensor, named: Mapping[str, Tensor], found: CostProfile, place: str
 ) -> float:
-    """Run a head on its feature, compare the shape, and return its cost per sample in MACs."""
+    """Run a head, compare what comes with (B, C), and return its cost per sample in MACs."""
     flags = [(module, module.training) for module in head.modules()]
     head.eval()
     extra = _wanted_inputs(head, asked_inputs(head), feature, named)
@@ -289,7 +276,7 @@ def _check_head(
         macs = count_macs(lambda: made.append(head(feature, **extra)))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise HeadError(
-            f"The head at {place.name!r} ({type(head).__name__}) fails on its feature of shape "
+            f"The head at {place!r} ({type(head).__name__}) fails on its feature of shape "
             f"{tuple(feature.shape)}: {error}"
         ) from error
     finally:
@@ -298,9 +285,10 @@ def _check_head(
     came = tuple(made[0].shape) if isinstance(made[0], Tensor) else type(made[0]).__name__
     if came != (found.batch, found.num_classes):
         raise HeadError(
-            f"The head at {place.name!r} ({type(head).__name__}) turns a feature of shape "
+            f"The head at {place!r} ({type(head).__name__}) turns a feature of shape "
             f"{tuple(feature.shape)} into {came}; expected {(found.batch, found.num_classes)}: "
-            f"{found.batch} samples and the backbone's {found.num_classes} classes."
+            f"{found.batch} samples and the backbone's {found.num_classes} classes. (A head is "
+            "given what its forward names of the backbone's inputs, such as 'attention_mask'.)"
         )
     return macs / found.batch
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from offramp.errors import DataError
 
-__all__ = ["ExitOutputs", "LogitsFunction", "find_logits", "first_tensor"]
+__all__ = ["ExitOutputs", "LogitsFunction", "find_logits", "tensors_in"]
 
 LogitsFunction = Callable[[Any], Tensor]
 
@@ -78,19 +78,19 @@ pytree.register_pytree_node(
 )
 
 
-def first_tensor(output: Any) -> Tensor | None:  # noqa: ANN401
-    """The tensor that a module hands on: itself, the first of a tuple, of a list or of a mapping.
+def tensors_in(output: Any) -> list[Tensor]:  # noqa: ANN401
+    """All tensors that a module hands on, in order.
 
-    Layers of sequence models return tuples with the hidden state first; recurrent layers return
-    the sequence first.
+    Layers of sequence models return tuples with the hidden state first, recurrent layers the
+    sequence first and their state after it.
     """
     if isinstance(output, Tensor):
-        return output
+        return [output]
     if isinstance(output, Mapping):
-        output = tuple(output.values())
-    if isinstance(output, (tuple, list)) and len(output) > 0:
-        return first_tensor(output[0])
-    return None
+        output = list(output.values())
+    elif not isinstance(output, (tuple, list)):
+        return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [tensor for part in output for tensor in tensors_in(part)]
 
 
 def find_logits(output: Any, function: LogitsFunction | None = None) -> Tensor:  # noqa: ANN401

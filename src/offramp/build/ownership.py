@@ -55,8 +55,6 @@ def map_stages(backbone: nn.Module, profile: CostProfile, places: Sequence[Place
     for name, _ in backbone.named_parameters():
         time = profile.parameter_use.get(name)
         parameters[name] = (
-            stage_of(name.rpartition(".")[0])
-            if time is None
-            else sum(time >= end for end in ends)
+            stage_of(name.rpartition(".")[0]) if time is None else sum(time >= end for end in ends)
         )
     return StageMap(modules, parameters)

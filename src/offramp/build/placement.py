@@ -8,9 +8,9 @@ module calls whose output
 * is all that the rest of the network needs: no skip connection is open around it and no parallel
   branch is pending (values that cost nothing to make, such as masks, do not count);
 * does not lie inside a repeated block. A block is a class of modules that occurs several times and
-  somewhere in which the first two points fail: the residual block, the inception module, the
-  transformer layer. A module of such a class is never entered, not even where one instance of it
-  (the first block of a ResNet stage, say) would allow it.
+  either is not one stream inside (the residual block, the inception module, the transformer layer),
+  be it in one of its instances only, or holds no list of like modules (a stage of a network holds
+  one, and is entered).
 
 Of several calls that end at the same cost, such as a convolution with its norm and activation, or a
 stage and its last block, the outermost counts, and of those the last. Where a network joins all of
@@ -20,19 +20,20 @@ then it is enough that all later work depends on the output.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from offramp.build.cost import CostProfile, ModuleCall
+from offramp.build.cost import CostProfile, Feature, ModuleCall
 from offramp.build.layout import LAYOUTS
 from offramp.errors import PlaceError, near_matches
 
 __all__ = ["Exits", "Place", "candidates", "percentiles", "resolve"]
 
-# After an automatic exit at least this share of the work must remain, or leaving there saves nothing.
+# At least this share of the work must remain after an automatic exit, or leaving saves nothing.
 REST = 0.02
 
 Exits = int | Sequence[int | float | str] | Mapping[str, Any]
@@ -49,19 +50,23 @@ class Place:
         call: which call of it, from 0.
         fraction: share of the backbone's cost spent when it ends, in the profile's measure.
         name: ``path``, or ``path@call`` for a module that is called several times.
+        item: which tensor of the module's output the exit takes.
+        copied: whether the feature must be copied, since a later operation writes over it.
     """
 
     path: str
     call: int
     fraction: float
     name: str
+    item: int = 0
+    copied: bool = False
 
     def __str__(self) -> str:
         return self.name
 
 
 def candidates(profile: CostProfile, at_least: int = 1) -> tuple[Place, ...]:
-    """The places that are fit for an automatic exit, in order of execution and of strictly rising cost.
+    """The places that are fit for an automatic exit, in order of execution and of rising cost.
 
     Args:
         profile: of the backbone.
@@ -100,8 +105,13 @@ def resolve(profile: CostProfile, exits: Exits) -> tuple[Place, ...]:
     if isinstance(exits, int):
         if exits < 1:
             raise PlaceError(f"exits={exits}: expected at least one exit.")
-        return _nearest(profile, percentiles(exits))
+        return _nearest(profile, percentiles(exits), gap=1 / (3 * (exits + 1)))
     wanted = [exits] if isinstance(exits, str) else list(exits)
+    if isinstance(exits, Mapping) and not all(isinstance(key, str) for key in exits):
+        raise PlaceError(
+            f"exits maps {', '.join(map(repr, exits))}. Expected module paths as keys and heads as "
+            "values; give fractions and indices in a list, and the heads by heads=."
+        )
     if not wanted:
         raise PlaceError("exits is empty: expected at least one place.")
     fractions = [item for item in wanted if isinstance(item, float)]
@@ -109,43 +119,72 @@ def resolve(profile: CostProfile, exits: Exits) -> tuple[Place, ...]:
     for item in wanted:
         if isinstance(item, float):
             continue
-        places.append(_by_index(profile, item) if isinstance(item, int) else _by_path(profile, item))
+        places.append(
+            _by_index(profile, item) if isinstance(item, int) else _by_path(profile, item)
+        )
     return _in_order(profile, places)
 
 
 def _open_calls(profile: CostProfile) -> list[ModuleCall]:
     """Calls with a usable output that stand in no repeated block, in the order of their ends."""
     calls = profile.calls
-    times = Counter(call.kind for call in calls)
-    blocks = {
-        calls[call.parent].kind
-        for call in calls
-        if call.parent > 0 and call.needed and not call.cut and call.ended < calls[call.parent].ended
-    }
-    blocks = {kind for kind in blocks if times[kind] > 1 and kind not in _CONTAINERS}
+    closed = _blocks(profile)
     inside = [False] * len(calls)
     for position, call in enumerate(calls):
         if call.parent > 0:
-            inside[position] = inside[call.parent] or calls[call.parent].kind in blocks
-    found = [
-        call
-        for position, call in enumerate(calls)
-        if position > 0 and not inside[position] and call.needed and _usable(call)
-    ]
-    return sorted(found, key=lambda call: call.order)
+            inside[position] = inside[call.parent] or calls[call.parent].kind in closed
+    found = [c for c, hidden in zip(calls, inside, strict=True) if not hidden and _usable(c)]
+    return sorted(found[1:] if found[:1] == [calls[0]] else found, key=lambda call: call.order)
 
 
-_CONTAINERS = {"Sequential", "ModuleList"}
+def _blocks(profile: CostProfile) -> set[str]:
+    """Classes of modules that are not entered."""
+    calls = profile.calls
+    times = Counter(call.kind for call in calls)
+    kind_of = {call.path: call.kind for call in calls}
+    parents = {call.parent for call in calls}
+    open_inside = {
+        calls[call.parent].kind
+        for call in calls
+        if call.parent > 0
+        and call.feature is not None
+        and call.feature.needed
+        and not call.cut
+        and call.ended < calls[call.parent].ended
+    }
+    # A list holds two or more modules of one class that are themselves made of modules: as a
+    # container among others, as a module of its own only those.
+    compound = [call for i, call in enumerate(calls) if i in parents and call.index == 0]
+    alike = Counter((call.path.rpartition(".")[0], call.kind) for call in compound)
+    children = Counter(call.path.rpartition(".")[0] for call in compound)
+    lists = {
+        path
+        for (path, _), n in alike.items()
+        if n > 1 and (kind_of.get(path, "") in _CONTAINERS or n == children[path])
+    }
+    stages = {
+        call.kind for call in calls if any(f"{path}.".startswith(f"{call.path}.") for path in lists)
+    }
+    return {
+        kind
+        for kind, n in times.items()
+        if n > 1 and kind not in _CONTAINERS and (kind in open_inside or kind not in stages)
+    }
+
+
+# Modules without a meaning of their own; "" stands for a ModuleList, which is never called.
+_CONTAINERS = {"", "Sequential", "ModuleList"}
 
 
 def _usable(call: ModuleCall) -> bool:
-    shape = call.shape
+    feature = call.feature
     return (
-        shape is not None
-        and call.floating
-        and call.batched
-        and not call.overwritten
-        and len(shape) in LAYOUTS
+        feature is not None
+        and feature.needed
+        and feature.batched
+        and not feature.overwritten
+        and feature.dtype.is_floating_point
+        and len(feature.shape) in LAYOUTS
     )
 
 
@@ -167,10 +206,15 @@ def _thin(profile: CostProfile, calls: Sequence[ModuleCall]) -> list[ModuleCall]
 
 
 def _place(profile: CostProfile, call: ModuleCall) -> Place:
-    return Place(call.path, call.index, call.after / profile.total, profile.name(call))
+    item = call.feature.item if call.feature else 0
+    copied = call.feature is not None and call.feature.overwritten
+    name = profile.name(call)
+    return Place(call.path, call.index, call.after / profile.total, name, item, copied)
 
 
-def _nearest(profile: CostProfile, fractions: Sequence[float]) -> tuple[Place, ...]:
+def _nearest(
+    profile: CostProfile, fractions: Sequence[float], gap: float = 0.0
+) -> tuple[Place, ...]:
     """For each fraction a candidate of its own, nearest in cost, in rising order."""
     for fraction in fractions:
         if not 0.0 < fraction < 1.0:
@@ -181,21 +225,52 @@ def _nearest(profile: CostProfile, fractions: Sequence[float]) -> tuple[Place, .
     wanted = sorted(fractions)
     found = candidates(profile, len(wanted))
     if len(found) < len(wanted):
+        others = [call for call in profile.calls if call.cut and not _is_batched(call)]
         raise PlaceError(
             f"{len(wanted)} exits were asked for and the backbone has {len(found)} fit places"
-            f"{': ' + ', '.join(p.name for p in found) if found else ''}. Ask for fewer, or name "
-            "the places by their module paths."
+            f"{': ' + ', '.join(p.name for p in found) if found else ''}."
+            f"{_not_batched(profile, others)} Ask for fewer, or name the places by their paths."
         )
-    # Least total distance under rising order: best[j] after i fractions uses candidates up to j.
-    best = [(0.0, ())] * (len(found) + 1)  # type: list[tuple[float, tuple[int, ...]]]
-    for fraction in wanted:
-        row: list[tuple[float, tuple[int, ...]]] = [(float("inf"), ())]
-        for j, place in enumerate(found):
-            distance, chosen = best[j]
-            taken = (distance + abs(place.fraction - fraction), (*chosen, j))
-            row.append(min(row[-1], taken, key=lambda entry: entry[0]))
-        best = row
-    return tuple(found[j] for j in best[-1][1])
+    chosen = _closest([place.fraction for place in found], wanted, gap)
+    return tuple(found[j] for j in chosen)
+
+
+def _is_batched(call: ModuleCall) -> bool:
+    return call.feature is None or call.feature.batched
+
+
+def _not_batched(profile: CostProfile, calls: Sequence[ModuleCall]) -> str:
+    if not calls:
+        return ""
+    call = calls[0]
+    shape = call.feature.shape if call.feature else ()
+    return (
+        f" {len(calls)} more modules hand on tensors whose dimension 0 is not the batch, such as "
+        f"{profile.name(call)!r} with {shape} for {profile.batch} samples."
+    )
+
+
+def _closest(offered: Sequence[float], wanted: Sequence[float], gap: float) -> tuple[int, ...]:
+    """Rising indices into ``offered``, one for each of ``wanted``, of least total |log ratio|.
+
+    The ratio, not the difference, since an exit at a fifth of the cost that was asked for is of
+    less use than one at twice it. Neighbours lie at least ``gap`` apart where that is possible.
+    """
+    # best[j]: the least distance with offered[j] as the last chosen, and what was chosen.
+    best: dict[int, tuple[float, tuple[int, ...]]] = {
+        j: (abs(math.log(f / wanted[0])), (j,)) for j, f in enumerate(offered)
+    }
+    for want in wanted[1:]:
+        following: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for j, fraction in enumerate(offered):
+            before = [best[i] for i in best if i < j and fraction - offered[i] >= gap]
+            if before:
+                distance, chosen = min(before)
+                following[j] = (distance + abs(math.log(fraction / want)), (*chosen, j))
+        best = following
+    if not best:
+        return _closest(offered, wanted, 0.0)
+    return min(best.values())[1]
 
 
 def _by_index(profile: CostProfile, index: int) -> Place:
@@ -246,16 +321,20 @@ def _by_path(profile: CostProfile, name: str) -> Place:
 
 def _check(profile: CostProfile, call: ModuleCall) -> None:
     name = profile.name(call)
-    if call.shape is None:
+    feature = call.feature
+    if feature is None:
         raise PlaceError(
-            f"The output of {name!r} ({call.kind}) is no tensor, nor a tuple that begins with one, "
-            "so no exit can stand there. Choose a module that returns a tensor."
+            f"The output of {name!r} ({call.kind}) is no tensor and holds none, so no exit can "
+            "stand there. Choose a module that returns a tensor, or a tuple that begins with one."
         )
-    if not call.floating:
-        raise PlaceError(f"The output of {name!r} ({call.kind}) is not of a floating type.")
-    if not call.batched:
+    if not feature.dtype.is_floating_point:
         raise PlaceError(
-            f"The output of {name!r} ({call.kind}) has shape {call.shape} for {profile.batch} "
+            f"The output of {name!r} ({call.kind}) is of type {feature.dtype}. Expected a "
+            "floating type, which a head can classify."
+        )
+    if not feature.batched:
+        raise PlaceError(
+            f"The output of {name!r} ({call.kind}) has shape {feature.shape} for {profile.batch} "
             "samples: its dimension 0 is not the batch. Choose a place where it is: "
             f"{_list(profile)}."
         )
@@ -283,9 +362,14 @@ def _in_order(profile: CostProfile, places: Sequence[Place]) -> tuple[Place, ...
         if (earlier.path, earlier.call) == (later.path, later.call):
             raise PlaceError(f"Two exits stand at one place, {later.name!r}. Give each its own.")
         first, second = order[(earlier.path, earlier.call)], order[(later.path, later.call)]
-        if first.value is not None and first.value == second.value:
+        if first.feature and second.feature and _same(first.feature, second.feature):
             raise PlaceError(
                 f"Two exits stand at one place: {earlier.name!r} and {later.name!r} hand on the "
                 "same tensor. Keep one of them."
             )
     return tuple(ordered)
+
+
+def _same(first: Feature, second: Feature) -> bool:
+    """Whether two calls hand on one and the same tensor (and not two views of it)."""
+    return first.value is not None and first.value == second.value and first.shape == second.shape

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from offramp.decide.criteria import Criterion
 from offramp.decide.policy import Policy
-from offramp.run.stages import RowAxis, Stage, StagedModel
+from offramp.run.stages import RowAxis, StagedModel
 
-__all__ = ["Link", "Step", "chain"]
+__all__ = ["Deciding", "Link", "Step", "chain"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Step(Link):
         example: one tensor for each input, of a batch of two or more.
     """
 
-    module: nn.Module
+    module: Deciding
     example: tuple[Tensor, ...]
 
     @property
@@ -54,18 +56,24 @@ class Step(Link):
         return Link(self.exit, self.threshold, self.inputs, self.outputs, self.rows, self.live)
 
 
-class _Deciding(nn.Module):
+class Deciding(nn.Module):
     """A stage, and the criterion on its logits.
 
     Where the criterion combines exits, the head's own logits, which a trace keeps, come first.
     """
 
-    def __init__(self, stage: Stage, criterion: Criterion) -> None:
+    def __init__(
+        self, stage: Callable[..., Any], live: int, exit: int, criterion: Criterion
+    ) -> None:
         super().__init__()
-        self.stage = stage.module
+        self.stage = stage
+        self.live = live
+        self.exit = exit
         self.criterion = criterion
-        self.live = len(stage.inputs)
-        self.exit = stage.exit
+
+    def with_stage(self, stage: Callable[..., Any]) -> Deciding:
+        """The same with another implementation of the stage."""
+        return Deciding(stage, self.live, self.exit, self.criterion).eval()
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         raw, *made = self.stage(*values[: self.live])
@@ -87,7 +95,7 @@ def chain(staged: StagedModel, policy: Policy, num_exits: int) -> list[Step]:
     state: tuple[str, ...] = ()
     steps = []
     for position, stage in enumerate(staged.stages):
-        module = _Deciding(stage, criterion).eval()
+        module = Deciding(stage.module, len(stage.inputs), stage.exit, criterion).eval()
         reads = (*stage.inputs, *state)
         example = tuple(values[name] for name in reads)
         with torch.no_grad():

@@ -6,20 +6,34 @@ function over arrays of its own kind. It knows nothing of exits; the runner know
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from offramp.errors import OfframpError, unknown_name
-from offramp.run.chain import Step
+from offramp.errors import MissingExtra, OfframpError, unknown_name
 from offramp.run.stages import RowAxis
 
-__all__ = ["Array", "Engine", "OnnxRuntime", "StepCall", "Torch", "engine_of"]
+if TYPE_CHECKING:
+    from offramp.run.chain import Step
+
+__all__ = [
+    "Array",
+    "Engine",
+    "Inductor",
+    "OnnxEngine",
+    "OnnxRuntime",
+    "OpenVINO",
+    "StepCall",
+    "Torch",
+    "engine_of",
+]
 
 Array = Any  # a torch tensor or a numpy array, by the engine
 StepCall = Callable[[Sequence[Array]], list[Array]]
@@ -47,6 +61,9 @@ class Engine(ABC):
     def host(self, value: Array) -> np.ndarray:
         """The value as a numpy array; the one point of synchronisation with a device."""
 
+    def wait(self, value: Array) -> None:
+        """Return once ``value`` has been computed; only a device needs to wait."""
+
     @abstractmethod
     def scatter(self, out: Array | None, value: Array, rows: np.ndarray, samples: int) -> Array:
         """Write ``value`` (R, ...) at ``rows`` of ``out`` (samples, ...), made when ``None``."""
@@ -61,15 +78,17 @@ class _TorchArrays(Engine):
         tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
         return tensor.to(self.device)
 
+    def wait(self, value: Tensor) -> None:
+        if value.is_cuda:
+            torch.cuda.synchronize(value.device)
+
     def take(self, value: Tensor, axis: RowAxis, rows: np.ndarray) -> Tensor:
         return axis.take(value, torch.from_numpy(rows).to(value.device))
 
     def host(self, value: Tensor) -> np.ndarray:
         return value.cpu().numpy()
 
-    def scatter(
-        self, out: Tensor | None, value: Tensor, rows: np.ndarray, samples: int
-    ) -> Tensor:
+    def scatter(self, out: Tensor | None, value: Tensor, rows: np.ndarray, samples: int) -> Tensor:
         if out is None:
             out = value.new_empty((samples, *value.shape[1:]))
         out[torch.from_numpy(rows).to(value.device)] = value
@@ -84,12 +103,38 @@ class Torch(_TorchArrays):
 
     def load(self, steps: Sequence[Step]) -> list[StepCall]:
         self.device = steps[0].example[0].device
-        return [self._call(step.module) for step in steps]
+        return [self._call(step) for step in steps]
 
-    def _call(self, module: nn.Module) -> StepCall:
+    def _call(self, step: Step) -> StepCall:
         def call(values: Sequence[Array]) -> list[Array]:
             with torch.inference_mode():
-                return list(module(*values))
+                return list(step.module(*values))
+
+        return call
+
+
+class Inductor(_TorchArrays):
+    """Stages compiled by ``torch.compile``: each has code of its own, for any batch size.
+
+    Batches of one and of more are compiled apart, so a stage is compiled twice at most. Compiling
+    takes tens of seconds and a C++ compiler.
+    """
+
+    name = "inductor"
+
+    def load(self, steps: Sequence[Step]) -> list[StepCall]:
+        self.device = steps[0].example[0].device
+        return [self._call(step) for step in steps]
+
+    def _call(self, step: Step) -> StepCall:
+        # Only the stage is compiled: its forward is its own code object, so that the stages do not
+        # share (and exhaust) one cache of compiled variants.
+        compiled = torch.compile(step.module.stage, dynamic=True)
+        whole = step.module.with_stage(compiled)
+
+        def call(values: Sequence[Array]) -> list[Array]:
+            with torch.no_grad():
+                return list(whole(*values))
 
         return call
 
@@ -117,54 +162,94 @@ class _NumpyArrays(Engine):
         return out
 
 
-class OnnxRuntime(_NumpyArrays):
-    """ONNX Runtime on the CPU, one session a stage, all on one thread pool.
+class OnnxEngine(_NumpyArrays):
+    """Engines that execute ONNX."""
 
-    Args:
-        threads: threads of the pool; default: one for each core. The pool belongs to the process,
-            so the first engine made with more than one thread sizes it for all.
-    """
-
-    name = "onnxruntime"
-    _pool: ClassVar[int | None] = None
-
-    def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or len(os.sched_getaffinity(0))
+    @abstractmethod
+    def session(self, model: bytes) -> StepCall:
+        """A function over arrays, in the order of the model's inputs and outputs."""
 
     def load(self, steps: Sequence[Step]) -> list[StepCall]:
         from offramp.run.onnx import convert, split
 
         return [self.session(m.SerializeToString()) for m in split(convert(steps), steps)]
 
-    def session(self, model: bytes | str) -> StepCall:
-        """A function over arrays from an ONNX model, its bytes or its path."""
-        import onnxruntime
 
-        session = onnxruntime.InferenceSession(
-            model, self.options(), providers=["CPUExecutionProvider"]
-        )
-        names = [value.name for value in session.get_inputs()]
+class OnnxRuntime(OnnxEngine):
+    """ONNX Runtime on the CPU, one session a stage.
 
-        def call(values: Sequence[Array]) -> list[Array]:
-            return list(session.run(None, dict(zip(names, values, strict=True))))
+    Args:
+        threads: threads of each session; default: one for each core. They sleep between stages,
+            so that the threads of one session do not take the cores from the next.
+    """
 
-        return call
+    name = "onnxruntime"
 
-    def options(self) -> Any:  # noqa: ANN401
-        """Session options: the shared pool, and quiet."""
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads or len(os.sched_getaffinity(0))
+
+    def session(self, model: bytes) -> StepCall:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        if self.threads == 1:  # no pool at all
-            options.intra_op_num_threads = 1
-            return options
         options.intra_op_num_threads = self.threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return options
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        # Inputs with a default (the thresholds of a file) come last, and need not be given.
+        known = (*session.get_inputs(), *session.get_overridable_initializers())
+        names = [value.name for value in known]
+
+        def call(values: Sequence[Array]) -> list[Array]:
+            return list(session.run(None, dict(zip(names, values, strict=False))))
+
+        return call
 
 
-_ENGINES: dict[str, type[Engine]] = {"torch": Torch, "onnxruntime": OnnxRuntime}
+class OpenVINO(OnnxEngine):
+    """OpenVINO on the CPU, in float32.
+
+    Args:
+        threads: threads of each stage; default: one for each core.
+
+    Raises:
+        MissingExtra: the package openvino is not installed.
+    """
+
+    name = "openvino"
+
+    def __init__(self, threads: int | None = None) -> None:
+        if importlib.util.find_spec("openvino") is None:
+            raise MissingExtra("openvino", "openvino", "The engine 'openvino'")
+        self.threads = threads or len(os.sched_getaffinity(0))
+
+    def session(self, model: bytes) -> StepCall:
+        import openvino
+
+        core = openvino.Core()
+        compiled = core.compile_model(
+            core.read_model(model),
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": "f32",  # some CPUs would compute in bfloat16
+                "INFERENCE_NUM_THREADS": self.threads,
+                "PERFORMANCE_HINT": "LATENCY",
+            },
+        )
+        local = threading.local()  # a request serves one thread at a time
+
+        def call(values: Sequence[Array]) -> list[Array]:
+            if not hasattr(local, "request"):
+                local.request = compiled.create_infer_request()
+            found = local.request.infer(list(values), share_inputs=True)
+            return [np.array(found[i]) for i in range(len(compiled.outputs))]
+
+        return call
+
+
+_ENGINES: dict[str, type[Engine]] = {
+    engine.name: engine for engine in (Torch, Inductor, OnnxRuntime, OpenVINO)
+}
 
 
 def engine_of(engine: str | Engine) -> Engine:

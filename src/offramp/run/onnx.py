@@ -27,7 +27,7 @@ from offramp.errors import StageError
 from offramp.run.stages import RowAxis
 
 if TYPE_CHECKING:
-    from offramp.run.chain import Step
+    from offramp.run.chain import Link, Step
 
 __all__ = ["connect", "convert", "split"]
 
@@ -91,11 +91,16 @@ def _dynamic(axis: RowAxis | None, batch: Any) -> dict[int, Any] | None:  # noqa
     return {axis.dim: batch if axis.multiple == 1 else axis.multiple * batch}
 
 
-def split(model: onnx.ModelProto, steps: Sequence[Step]) -> list[onnx.ModelProto]:
-    """One model for each step, its inputs and outputs in the step's order."""
+def split(model: onnx.ModelProto, steps: Sequence[Link]) -> list[onnx.ModelProto]:
+    """One model for each step, its inputs and outputs in the step's order.
+
+    Args:
+        model: what :func:`convert` or :func:`connect` made.
+        steps: the steps, or their links.
+    """
     graph = model.graph
-    parts = _parts(graph, [[f"{k}/{name}" for name in s.outputs] for k, s in enumerate(steps)])
-    infos = {value.name: value for value in (*graph.input, *graph.output)}
+    parts = _parts(graph, steps)
+    infos = {value.name: value for value in (*graph.input, *graph.output, *graph.value_info)}
     models = []
     for position, (step, nodes) in enumerate(zip(steps, parts, strict=True)):
         used = {name for node in nodes for name in _reads(node)}
@@ -110,19 +115,23 @@ def split(model: onnx.ModelProto, steps: Sequence[Step]) -> list[onnx.ModelProto
     return models
 
 
-def _parts(graph: onnx.GraphProto, outputs: Sequence[Sequence[str]]) -> list[list[onnx.NodeProto]]:
-    """For each list of outputs, the nodes that lead to them, in order."""
+def _parts(graph: onnx.GraphProto, steps: Sequence[Link]) -> list[list[onnx.NodeProto]]:
+    """For each step the nodes from its inputs to its outputs, in order."""
     nodes = list(graph.node)
     made_by = {name: i for i, node in enumerate(nodes) for name in node.output if name}
     parts = []
-    for names in outputs:
+    for position, step in enumerate(steps):
+        seen = {f"{position}/{name}" for name in step.inputs}  # where the part begins
         wanted: set[int] = set()
-        pending = list(names)
+        pending = [f"{position}/{name}" for name in step.outputs]
         while pending:
-            index = made_by.get(pending.pop())
-            if index is not None and index not in wanted:
-                wanted.add(index)
-                pending.extend(_reads(nodes[index]))
+            name = pending.pop()
+            index = made_by.get(name)
+            if name in seen or index is None:
+                continue
+            seen.add(name)
+            wanted.add(index)
+            pending.extend(_reads(nodes[index]))
         parts.append([nodes[index] for index in sorted(wanted)])
     return parts
 
@@ -146,9 +155,7 @@ def _model(graph: onnx.GraphProto, like: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-def connect(
-    model: onnx.ModelProto, steps: Sequence[Step], names: Sequence[str]
-) -> onnx.ModelProto:
+def connect(model: onnx.ModelProto, steps: Sequence[Step], names: Sequence[str]) -> onnx.ModelProto:
     """The whole rule in one graph.
 
     Args:
@@ -165,9 +172,7 @@ def connect(
 
 
 class _Connector:
-    def __init__(
-        self, model: onnx.ModelProto, steps: Sequence[Step], names: Sequence[str]
-    ) -> None:
+    def __init__(self, model: onnx.ModelProto, steps: Sequence[Step], names: Sequence[str]) -> None:
         self.source = model
         self.steps = steps
         self.names = names
@@ -181,10 +186,9 @@ class _Connector:
         first = self.names[0]
         size = self._add("Gather", [self._add("Shape", [first]), self._constant(0)])
         rows = self._add("Range", [self._constant(0), size, self._constant(1)])
-        named = [[f"{k}/{name}" for name in s.outputs] for k, s in enumerate(self.steps)]
         placed: set[str] = set()  # a constant may serve several parts
         answer: dict[str, str] = {}
-        for position, part in enumerate(_parts(self.graph, named)):
+        for position, part in enumerate(_parts(self.graph, self.steps)):
             step = self.steps[position]
             self._bind(position, step, live)
             self.nodes.extend(node for node in part if node.output[0] not in placed)
@@ -207,9 +211,7 @@ class _Connector:
 
     def _bind(self, position: int, step: Step, live: dict[str, str]) -> None:
         for name in step.inputs:
-            self.nodes.append(
-                helper.make_node("Identity", [live[name]], [f"{position}/{name}"])
-            )
+            self.nodes.append(helper.make_node("Identity", [live[name]], [f"{position}/{name}"]))
 
     def _answer(
         self,
@@ -227,9 +229,7 @@ class _Connector:
         if not answer:
             return fresh
         where = self._add("Unsqueeze", [rows, self._constant([1])])
-        return {
-            name: self._add("ScatterND", [answer[name], where, fresh[name]]) for name in fresh
-        }
+        return {name: self._add("ScatterND", [answer[name], where, fresh[name]]) for name in fresh}
 
     def _survivors(
         self, position: int, step: Step, rows: str, live: dict[str, str]
@@ -273,7 +273,11 @@ class _Connector:
             value.CopyFrom(given[f"0/{inner}"])
             value.name = name
             inputs.append(value)
-        inputs.append(helper.make_tensor_value_info("thresholds", TensorProto.FLOAT, defaults.shape))
+        made = [numpy_helper.from_array(v, name) for name, v in self.constants.items()]
+        if len(defaults):
+            kind = helper.make_tensor_value_info("thresholds", TensorProto.FLOAT, defaults.shape)
+            inputs.append(kind)
+            made.append(numpy_helper.from_array(defaults, "thresholds"))
         kinds = {v.name: v for v in self.graph.output}
         logits = kinds["0/logits"].type.tensor_type
         classes = logits.shape.dim[1].dim_value
@@ -285,10 +289,13 @@ class _Connector:
                 "score", kinds["0/score"].type.tensor_type.elem_type, ["batch"]
             ),
         ]
-        made = [numpy_helper.from_array(v, name) for name, v in self.constants.items()]
-        made.append(numpy_helper.from_array(defaults, "thresholds"))
         graph = helper.make_graph(
-            self.nodes, "offramp", inputs, outputs, [*self.graph.initializer, *made]
+            self.nodes,
+            "offramp",
+            inputs,
+            outputs,
+            [*self.graph.initializer, *made],
+            value_info=[*self.graph.input, *self.graph.output],  # where the file can be split
         )
         return _model(graph, self.source)
 

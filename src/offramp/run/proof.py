@@ -1,27 +1,34 @@
-"""The stages reproduce the model: shown on the example before anything else is run.
+"""What was cut or exported reproduces the model: shown before anything else is run.
 
-Two claims are checked. With nobody leaving, every exit's logits are those of the whole model: the
+Two claims are checked of stages, on the example. With nobody leaving, every exit's logits are those of the whole model: the
 same bits on an engine that computes with torch's own operators, within a tolerance on another. With
-rows leaving at every exit, each row's logits are those that it gets alone.
+rows leaving at every exit, each row's logits are those that it gets alone. A file is compared with the
+model on variations of the example, in batches of several sizes, with all, none and some leaving.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp.errors import EqualityError
+from offramp.run.engines import OnnxRuntime
 from offramp.run.stages import Call
 
 if TYPE_CHECKING:
     from offramp.build.model import MultiExitModel
+    from offramp.decide.policy import Policy
     from offramp.run.runner import Runner
     from offramp.run.stages import StagedModel
 
-__all__ = ["TOLERANCE", "distance", "prove"]
+__all__ = ["TOLERANCE", "compare_file", "distance", "evaluating", "prove", "variations"]
 
 TOLERANCE = {True: 1e-5, False: 1e-4}  # torch's own operators; another engine's
 ROWS_ALONE = 4  # how many rows of the example are also run one by one
@@ -39,12 +46,18 @@ def prove(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
     Raises:
         EqualityError: a difference, with its size and the first module in which it appears.
     """
+    with evaluating(model), torch.no_grad():
+        _whole(runner, model, staged)
+        _alone(runner, model, staged)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and as it was afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
-            _whole(runner, model, staged)
-            _alone(runner, model, staged)
+        yield
     finally:
         for module in training:
             module.training = True
@@ -91,7 +104,9 @@ def _alone(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
     logits = runner.engine.host(answer.logits)
     for row in np.linspace(0, samples - 1, min(samples, ROWS_ALONE)).astype(int):
         single = [value[row : row + 1] for value in tensors]
-        by_itself = runner._execute([runner.engine.array(value) for value in single], _at(answer.exit[row], runner))
+        by_itself = runner._execute(
+            [runner.engine.array(value) for value in single], _at(answer.exit[row], runner)
+        )
         far = distance(logits[row], runner.engine.host(by_itself.logits)[0])
         if not far <= tolerance:  # NaN is a difference too
             raise EqualityError(
@@ -110,6 +125,160 @@ def _at(exit: int, runner: Runner) -> Any:  # noqa: ANN401
         return np.full(len(values["score"]), runner._links[position].exit == exit)
 
     return leaving
+
+
+# -- a file ----------------------------------------------------------------------------------------
+
+BATCHES = (1, 7, 32)
+DISTINCT = 336  # rows; each is compared in each of three mixes
+
+
+def compare_file(
+    file: bytes,
+    model: MultiExitModel,
+    policy: Policy,
+    staged: StagedModel,
+) -> dict[str, Any]:
+    """Compare an ONNX file with the eager model on over 1,000 rows.
+
+    Returns:
+        What was compared: rows, batches, mixes, and the largest relative difference of the logits.
+
+    Raises:
+        EqualityError: a class, an exit or logits differ.
+    """
+    session = OnnxRuntime().session(file)
+    rows = variations(staged.call.tensors, DISTINCT)
+    trace = _eager(model, staged, rows)
+    count = len(staged.exits) - 1
+    scored = _scored(policy, staged.exits, trace)
+    own = [policy.thresholds_for(model.num_exits)[k] for k in staged.exits[:-1]]
+    mixes = {
+        "none leave": [math.inf] * count,
+        "all leave": [-math.inf] * count,
+        "mixed": [_between(score) for _, score in scored[:-1]],
+        "as calibrated": own,
+    }
+    worst, compared = 0.0, 0
+    for mix, thresholds in mixes.items():
+        wanted = _decide(scored, staged.exits, thresholds)
+        given = np.array(thresholds, np.float32)
+        start = 0
+        for turn in itertools.count():
+            size = min(BATCHES[turn % len(BATCHES)], DISTINCT - start)
+            if size <= 0:
+                break
+            here = slice(start, start + size)
+            feed = [value[here].cpu().numpy() for value in rows]
+            got = session([*feed, given] if count else feed)
+            worst = max(worst, _same(got, [w[here] for w in wanted], mix, size))
+            start, compared = start + size, compared + size
+    return {
+        "rows": compared,
+        "batches": list(BATCHES),
+        "mixes": list(mixes),
+        "largest_relative_difference": worst,
+        "tolerance": TOLERANCE[False],
+    }
+
+
+def variations(tensors: Sequence[Tensor], rows: int, seed: int = 0) -> list[Tensor]:
+    """New rows like those of an example: real-valued ones with noise, integers mixed by column.
+
+    Args:
+        tensors: each (B, ...).
+        rows: how many to make.
+        seed: of the random numbers.
+
+    Returns:
+        For each tensor one of shape (rows, ...).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(tensors[0]), (rows,), generator=generator)
+    made = []
+    for tensor in tensors:
+        source = tensor.detach().cpu()
+        fresh = source[drawn].clone()
+        if source.is_floating_point():
+            noise = torch.randn(fresh.shape, generator=generator).to(fresh.dtype)
+            fresh = fresh + 0.5 * source.std().nan_to_num() * noise
+        elif source.ndim > 1:
+            other = source[torch.randint(len(source), (rows,), generator=generator)]
+            swap = torch.rand(fresh.shape, generator=generator) < 0.3
+            fresh = torch.where(swap, other, fresh)
+        made.append(fresh.to(tensor.device))
+    return made
+
+
+def _eager(model: MultiExitModel, staged: StagedModel, rows: list[Tensor]) -> list[Tensor]:
+    """Logits of each kept exit for all rows, by the model itself."""
+    found: list[list[Tensor]] = [[] for _ in staged.exits]
+    with evaluating(model), torch.no_grad():
+        for start in range(0, len(rows[0]), BATCHES[-1]):
+            args, kwargs = staged.call.build([v[start : start + BATCHES[-1]] for v in rows])
+            outputs = model(*args, **kwargs)
+            for part, exit in zip(found, staged.exits, strict=True):
+                part.append(outputs[exit].cpu())
+    return [torch.cat(part) for part in found]
+
+
+def _scored(
+    policy: Policy, exits: Sequence[int], trace: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """(logits, score) of each exit as the criterion gives them."""
+    state: tuple[Tensor, ...] = ()
+    found = []
+    with torch.no_grad():
+        for exit, raw in zip(exits, trace, strict=True):
+            logits, score, state = policy.criterion(raw, state, exit)
+            found.append((logits, score))
+    return found
+
+
+def _between(score: Tensor) -> float:
+    """A threshold that about half of the scores reach, and none is close to."""
+    values = score.float().sort().values
+    middle = values[len(values) // 4 : 3 * len(values) // 4]
+    gap = int((middle[1:] - middle[:-1]).argmax())
+    return float((middle[gap] + middle[gap + 1]) / 2)
+
+
+def _decide(
+    scored: list[tuple[Tensor, Tensor]], exits: Sequence[int], thresholds: Sequence[float]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Logits, exit and score of each row; and whether some score lies too close to call."""
+    logits, score = (value.clone() for value in scored[-1])
+    exit = torch.full((len(score),), exits[-1])
+    close = torch.zeros(len(score), dtype=torch.bool)
+    earlier = list(zip(scored, exits, thresholds, strict=False))
+    for (own, value), number, threshold in reversed(earlier):
+        leaves = value >= threshold
+        logits[leaves], score[leaves], exit[leaves] = own[leaves], value[leaves], number
+        if math.isfinite(threshold):
+            close |= (value - threshold).abs() <= TOLERANCE[False] * max(1.0, abs(threshold))
+    return logits.numpy(), exit.numpy(), score.numpy(), close.numpy()
+
+
+def _same(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray], mix: str, size: int) -> float:
+    """The largest relative difference of the logits; raises where answers differ."""
+    logits, prediction, exit, _ = got
+    own, taken, _, close = wanted
+    clear = ~close
+    what = None
+    if (exit != taken)[clear].any():
+        what = "takes other exits than"
+    elif (prediction != logits.argmax(-1)).any():
+        what = "predicts other classes than the logits of"
+    far = distance(logits[clear], own[clear]) if clear.any() else 0.0
+    if what is None and not far <= TOLERANCE[False]:
+        what = f"gives logits that are {far:.2g} (relative) from those of"
+    if what is not None:
+        raise EqualityError(
+            f"The exported file {what} the model, in a batch of {size} with {mix!r}. Nothing was "
+            "written. Run the model with engine='torch', and look for an operator that ONNX "
+            "computes differently (random numbers, reductions over an empty batch)."
+        )
+    return far
 
 
 # -- where a difference begins: only ever run to explain a failure ---------------------------------

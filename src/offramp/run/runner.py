@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -20,30 +22,16 @@ from torch import Tensor
 from offramp.build.cost import ExitCosts
 from offramp.build.model import ExitOutputs, MultiExitModel
 from offramp.decide.policy import Policy
-from offramp.errors import DataError, PolicyError
+from offramp.errors import PolicyError
+from offramp.run.answers import Answer, Result
 from offramp.run.chain import Link, chain
 from offramp.run.engines import Array, Engine, StepCall, engine_of
+from offramp.run.inputs import check_call, explain_not_finite
 from offramp.run.proof import prove
 from offramp.run.stages import Call, RowAxis, cut
+from offramp.run.times import StageTimes, fastest, rows_in_memory
 
 __all__ = ["Result", "Runner", "Stats"]
-
-
-@dataclass(frozen=True)
-class Result:
-    """The answers to a batch, in the order of its rows, as arrays of the kind that was given.
-
-    Attributes:
-        prediction: (B,) int64 class indices.
-        logits: (B, C) of the exit that was taken (as the criterion gives them: an ensemble's, say).
-        exit: (B,) int64 number of that exit.
-        score: (B,) its score.
-    """
-
-    prediction: Array
-    logits: Array
-    exit: Array
-    score: Array
 
 
 @dataclass(frozen=True)
@@ -55,12 +43,14 @@ class Stats:
         exits: how many left at each exit of the model.
         survivors: how many entered each stage.
         mean_cost: cost per sample in the unit of the model's costs, heads that ran included.
+        missed: how many samples were answered after the deadline they were given.
     """
 
     samples: int
     exits: tuple[int, ...]
     survivors: tuple[int, ...]
     mean_cost: float
+    missed: int = 0
 
 
 class Runner:
@@ -73,7 +63,9 @@ class Runner:
         policy: the criterion and its thresholds.
         example: an input batch of at least two samples, as the model is called with it: a tensor, a
             tuple of positional arguments, or a mapping of keyword arguments.
-        engine: ``"torch"``, ``"onnxruntime"``, or an instance of an engine.
+        engine: ``"torch"``, ``"inductor"``, ``"onnxruntime"``, ``"openvino"``, an instance of an
+            engine, or ``"auto"``: the fastest here of those that load at once (all but inductor),
+            measured on the example; ``runner.engine.name`` says which.
         exits: ``"active"``: exits that the policy switched off are left out, head and all;
             ``"all"``: every exit is kept, so that the runner can be recorded.
 
@@ -95,11 +87,36 @@ class Runner:
         active = policy.active(model.num_exits)
         kept = [k for k, runs in enumerate(active) if runs or exits == "all"]
         staged = cut(model, example, kept)
-        loaded = engine_of(engine)
         steps = chain(staged, policy, model.num_exits)
-        links, calls = [step.link for step in steps], loaded.load(steps)
-        self._set_up(loaded, links, calls, policy, model.costs, model.places, staged.call)
+        links = [step.link for step in steps]
+        if engine == "auto":
+            loaded, calls = fastest(steps, staged.call)
+        else:
+            loaded = engine_of(engine)
+            calls = loaded.load(steps)
+        self._set_up(
+            loaded, links, calls, policy, model.costs, model.places, staged.call, staged.row_bytes
+        )
         prove(self, model, staged)
+        self.measure()
+
+    @classmethod
+    def of_links(
+        cls,
+        engine: Engine,
+        links: Sequence[Link],
+        calls: Sequence[StepCall],
+        policy: Policy,
+        costs: ExitCosts,
+        places: tuple[str, ...],
+        call: Call,
+        row_bytes: float,
+    ) -> Runner:
+        """A runner from steps that are executable already, as an artifact has them."""
+        runner = cls.__new__(cls)
+        runner._set_up(engine, links, calls, policy, costs, places, call, row_bytes)
+        runner.measure()
+        return runner
 
     def _set_up(
         self,
@@ -110,6 +127,7 @@ class Runner:
         costs: ExitCosts,
         places: tuple[str, ...],
         call: Call,
+        row_bytes: float,
     ) -> None:
         self.engine = engine
         self.policy = policy
@@ -119,8 +137,18 @@ class Runner:
         self._links = tuple(links)
         self._calls = tuple(calls)
         self._inputs = self._links[0].inputs
+        self.max_batch = rows_in_memory(row_bytes)
+        self.times = StageTimes.none()
         self._lock = threading.Lock()
         self.reset()
+
+    def measure(self, batch: int = 16) -> None:
+        """Time every stage here and now: what compaction and deadlines go by.
+
+        Args:
+            batch: the larger of the two batch sizes that are timed; the other is 1.
+        """
+        self.times = StageTimes.measure(self.engine, self._links, self._calls, self.call, batch)
 
     @property
     def num_exits(self) -> int:
@@ -129,12 +157,20 @@ class Runner:
 
     # -- calling -----------------------------------------------------------------------------------
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Result:  # noqa: ANN401
+    def __call__(
+        self,
+        *args: Any,  # noqa: ANN401
+        deadline_ms: float | None = None,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Result:
         """Answer a batch.
 
         Args:
             args, kwargs: as the model is called, with torch tensors or numpy arrays; or the one
                 thing that ``example`` was.
+            deadline_ms: answer within this time: where the next stage would end too late, by the
+                times measured here, every row that is left takes the answer it has. The first
+                stage always runs; what came too late is counted in ``stats.missed``.
 
         Returns:
             The answers in the order of the rows.
@@ -143,13 +179,52 @@ class Runner:
             DataError: another structure, dtype or shape than the example; an empty batch; inputs
                 that are not finite.
         """
-        given = self._tensors(args, kwargs)
-        answer = self._execute([self.engine.array(value) for value in given], self._leaving)
+        begin = time.perf_counter()
+        given = check_call(args, kwargs, self.call)
+        if len(given[0]) > self.max_batch:
+            return self._in_pieces(given, deadline_ms, begin)
+        return self._answer(given, deadline_ms, begin)
+
+    def _answer(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
+        leaving = self._leaving
+        if deadline_ms is not None:
+            end = begin + deadline_ms / 1e3
+            leaving = partial(self._leaving_by, end)
+        answer = self._execute([self.engine.array(value) for value in given], leaving)
         logits = self.engine.host(answer.logits)
         if not np.isfinite(logits).all():
-            _explain_not_finite(logits, given)
-        self._count(answer)
+            explain_not_finite(logits, given)
+        late = deadline_ms is not None and time.perf_counter() > end
+        self._count(answer, missed=len(given[0]) if late else 0)
         return answer.result(logits, given[0])
+
+    def _in_pieces(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
+        """A batch that would not fit into memory, as several."""
+        pieces = [
+            self._answer([v[start : start + self.max_batch] for v in given], deadline_ms, begin)
+            for start in range(0, len(given[0]), self.max_batch)
+        ]
+        join = np.concatenate if isinstance(given[0], np.ndarray) else torch.cat
+        return Result(*(join([getattr(p, f.name) for p in pieces]) for f in fields(Result)))
+
+    def anytime(self, *args: Any, **kwargs: Any) -> Iterator[Result]:  # noqa: ANN401
+        """The answers of successive exits, each as soon as it is known; nobody leaves.
+
+        Yields:
+            For every exit that is kept, the answer of all rows there.
+
+        Raises:
+            DataError: as for a call.
+        """
+        given = check_call(args, kwargs, self.call)
+        values = dict(zip(self._inputs, map(self.engine.array, given), strict=True))
+        rows = np.arange(len(given[0]))
+        for link, call in zip(self._links, self._calls, strict=True):
+            outputs = call([values[name] for name in link.inputs])
+            values.update(zip(link.outputs, outputs, strict=True))
+            answer = Answer(self.engine, len(rows))
+            answer.add(link.exit, rows, values["logits"], values["score"])
+            yield answer.result(self.engine.host(answer.logits), given[0])
 
     def all_exits(self, *args: Any, **kwargs: Any) -> ExitOutputs:  # noqa: ANN401
         """Logits of every exit for a batch, nobody leaving: what :func:`offramp.record` records.
@@ -163,7 +238,7 @@ class Runner:
                 "switched the others off; to record all, make it with exits='all'."
             )
         own = "raw" if self.policy.criterion.combines else "logits"
-        given = self._tensors(args, kwargs)
+        given = check_call(args, kwargs, self.call)
         logits: list[Tensor] = []
 
         def keep(position: int, values: dict[str, Array]) -> np.ndarray:
@@ -177,29 +252,46 @@ class Runner:
         score = self.engine.host(values["score"])
         return score >= score.dtype.type(self._links[position].threshold)
 
+    def _leaving_by(self, end: float, position: int, values: dict[str, Array]) -> np.ndarray:
+        """As by the thresholds, but all where the next stage would end after ``end``."""
+        gone = self._leaving(position, values)
+        if position + 1 < len(self._links):
+            expected = self.times.stage(position + 1, int((~gone).sum()))
+            if time.perf_counter() + expected > end:
+                gone[:] = True
+        return gone
+
     def _execute(
         self,
         inputs: Sequence[Array],
         leaving: Callable[[int, dict[str, Array]], np.ndarray],
-    ) -> _Answer:
+    ) -> Answer:
         """Run the chain on ``inputs``, letting rows go where ``leaving`` says so."""
         samples = len(inputs[0])
-        answer = _Answer(self.engine, samples)
+        answer = Answer(self.engine, samples)
         values = dict(zip(self._inputs, inputs, strict=True))
         rows = np.arange(samples)  # the sample that each live row belongs to
+        waiting = np.ones(samples, bool)  # which live rows have no answer yet
         for position, (link, call) in enumerate(zip(self._links, self._calls, strict=True)):
             outputs = call([values[name] for name in link.inputs])
             values.update(zip(link.outputs, outputs, strict=True))
-            answer.entered.append(len(rows))
-            gone = leaving(position, values)
-            if gone.all() or position == len(self._links) - 1:
+            answer.entered.append(int(waiting.sum()))
+            last = position == len(self._links) - 1
+            gone = waiting if last else waiting & leaving(position, values)
+            if gone.all():
                 answer.add(link.exit, rows, values["logits"], values["score"])
                 break
             stay = None
             if gone.any():
-                here, stay = np.flatnonzero(gone), np.flatnonzero(~gone)
+                here = np.flatnonzero(gone)
                 answer.add(link.exit, rows[here], *(self._take(values, n, here) for n in _ANSWER))
-                rows = rows[stay]
+                waiting = waiting & ~gone
+                left = int(waiting.sum())
+                if not left:
+                    break
+                if self.times.compaction_pays(position, len(rows), left):
+                    stay = np.flatnonzero(waiting)
+                    rows, waiting = rows[stay], np.ones(left, bool)
             # Only what later steps read is kept: the rest is freed here.
             values = {
                 name: values[name]
@@ -212,30 +304,11 @@ class Runner:
     def _take(self, values: dict[str, Array], name: str, rows: np.ndarray) -> Array:
         return self.engine.take(values[name], RowAxis(), rows)
 
-    def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        """The tensors of a call, checked against the example."""
-        example = args[0] if len(args) == 1 and not kwargs else {**kwargs} if not args else args
-        call = Call.of(example) if not (args and kwargs) else Call.of_call(args, kwargs)
-        if call.spec != self.call.spec:
-            raise DataError(
-                f"The input has the structure {call.describe()}, but the example had "
-                f"{self.call.describe()}. Pass the same arguments as the example has."
-            )
-        given, known = call.tensors, self.call.tensors
-        for name, value, like in zip(self.call.names(), given, known, strict=True):
-            _check_tensor(name, value, like)
-        sizes = {len(value) for value in given}
-        if len(sizes) != 1:
-            raise DataError(
-                f"The inputs have different numbers of rows: {call.describe()}. Dimension 0 is the "
-                "batch, and must be the same in all."
-            )
-        return given
-
     # -- what has been done ------------------------------------------------------------------------
 
-    def _count(self, answer: _Answer) -> None:
+    def _count(self, answer: Answer, missed: int) -> None:
         with self._lock:
+            self._missed += missed
             self._taken += np.bincount(answer.exit, minlength=self.num_exits)
             self._entered[: len(answer.entered)] += answer.entered
 
@@ -243,78 +316,20 @@ class Runner:
     def stats(self) -> Stats:
         """What has run since the runner was made, or since :meth:`reset`."""
         with self._lock:
-            taken, entered = self._taken.copy(), self._entered.copy()
+            taken, entered, missed = self._taken.copy(), self._entered.copy(), self._missed
         kept = {link.exit for link in self._links}
         heads = [cost if k in kept else 0.0 for k, cost in enumerate(self.costs.heads)]
         cost = np.cumsum(np.add(self.costs.stages, heads))
         samples = int(taken.sum())
         mean = float(taken @ cost) / samples if samples else math.nan
-        return Stats(samples, tuple(map(int, taken)), tuple(map(int, entered)), mean)
+        return Stats(samples, tuple(map(int, taken)), tuple(map(int, entered)), mean, missed)
 
     def reset(self) -> None:
         """Start the statistics anew."""
         with self._lock:
             self._taken = np.zeros(self.num_exits, np.int64)
             self._entered = np.zeros(len(self._links), np.int64)
+            self._missed = 0
 
 
 _ANSWER = ("logits", "score")
-
-
-class _Answer:
-    """The answers as they come in."""
-
-    def __init__(self, engine: Engine, samples: int) -> None:
-        self.engine = engine
-        self.samples = samples
-        self.exit = np.zeros(samples, np.int64)
-        self.logits: Array = None
-        self.score: Array = None
-        self.entered: list[int] = []
-
-    def add(self, exit: int, rows: np.ndarray, logits: Array, score: Array) -> None:
-        self.exit[rows] = exit
-        if len(rows) == self.samples:  # all at once: nothing to put together
-            self.logits, self.score = logits, score
-            return
-        self.logits = self.engine.scatter(self.logits, logits, rows, self.samples)
-        self.score = self.engine.scatter(self.score, score, rows, self.samples)
-
-    def result(self, logits: np.ndarray, like: Tensor | np.ndarray) -> Result:
-        """As arrays of the kind of ``like``; ``logits`` are the answer's, on the host."""
-        if isinstance(like, np.ndarray):
-            score = self.engine.host(self.score)
-            return Result(logits.argmax(-1), logits, self.exit, score)
-        tensor = torch.as_tensor(self.logits).to(like.device)
-        score = torch.as_tensor(self.score).to(like.device)
-        taken = torch.from_numpy(self.exit).to(like.device)
-        return Result(tensor.argmax(-1), tensor, taken, score)
-
-
-def _check_tensor(name: str, value: Tensor | np.ndarray, like: Tensor) -> None:
-    dtype = str(value.dtype).removeprefix("torch.")
-    expected = str(like.dtype).removeprefix("torch.")
-    shape = ("batch", *like.shape[1:])
-    if dtype != expected or value.ndim != like.ndim or value.shape[1:] != like.shape[1:]:
-        raise DataError(
-            f"Input {name!r}: expected {expected} of shape {_show(shape)}, got {dtype} of shape "
-            f"{_show(value.shape)}. Convert it, or make the runner with an example of this kind."
-        )
-    if len(value) == 0:
-        raise DataError(f"Input {name!r} is an empty batch; pass at least one row.")
-
-
-def _show(shape: Sequence[object]) -> str:
-    return "(" + ", ".join(map(str, shape)) + ")"
-
-
-def _explain_not_finite(logits: np.ndarray, given: Sequence[Any]) -> None:
-    bad = np.flatnonzero(~np.isfinite(logits).all(-1))
-    at_fault = [
-        i for i in bad if any(not torch.isfinite(torch.as_tensor(v[int(i)])).all() for v in given)
-    ]
-    what = "the input has NaN or infinite values" if at_fault else "the model overflows on them"
-    raise DataError(
-        f"The logits of row {int(bad[0])} ({len(bad)} of {len(logits)} rows) are not finite: {what}. "
-        "Leave these rows out, or mend them."
-    )

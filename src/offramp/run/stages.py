@@ -16,9 +16,10 @@ All knowledge of the insides of ``torch.export`` stays in this file.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -145,12 +146,14 @@ class StagedModel:
         rows: for each value that crosses a cut, where its samples lie; ``None``: it has no batch.
         inputs: names of the model's input tensors, in the order of the flattened call.
         call: the example; its tensors are one for each of ``inputs``.
+        row_bytes: bytes of activations that are alive at once, at most, for one sample.
     """
 
     stages: tuple[Stage, ...]
     rows: dict[str, RowAxis | None]
     inputs: tuple[str, ...]
     call: Call
+    row_bytes: float = 0.0
 
     @property
     def exits(self) -> tuple[int, ...]:
@@ -187,9 +190,7 @@ class _Logits(nn.Module):
         return tuple(outputs[k] for k in self.exits)
 
 
-def cut(
-    model: MultiExitModel, example: object, exits: Sequence[int] | None = None
-) -> StagedModel:
+def cut(model: MultiExitModel, example: object, exits: Sequence[int] | None = None) -> StagedModel:
     """Cut a model into one stage per exit.
 
     Args:
@@ -285,7 +286,11 @@ class _Cutter:
     def _batch_symbol(self) -> sympy.Symbol:
         for node in self.inputs:
             value = node.meta.get("val")
-            if isinstance(value, Tensor) and value.ndim and isinstance(value.shape[0], torch.SymInt):
+            if (
+                isinstance(value, Tensor)
+                and value.ndim
+                and isinstance(value.shape[0], torch.SymInt)
+            ):
                 expression = value.shape[0].node.expr
                 if isinstance(expression, sympy.Symbol):
                     return expression
@@ -343,7 +348,26 @@ class _Cutter:
         crossing = {node for read in reads for node in read}
         rows = {node.name: self._row_axis(node) for node in crossing}
         names = tuple(node.name for node in self.inputs)
-        return StagedModel(tuple(stages), rows, names, self.call)
+        staged = StagedModel(tuple(stages), rows, names, self.call, self._row_bytes())
+        return _oriented(staged)
+
+    def _row_bytes(self) -> float:
+        """The most memory that activations take at any point of the graph, for one sample."""
+        last_use: dict[fx.Node, int] = {}
+        nodes = list(self.program.graph.nodes)
+        for i, node in enumerate(nodes):
+            last_use.update(dict.fromkeys(node.all_input_nodes, i))
+        ends: dict[int, float] = {}
+        alive = peak = 0.0
+        for i, node in enumerate(nodes):
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and node in self.varying and self._batch_dims(node):
+                size = value.element_size() * _numel_per_row(value)
+                alive += size
+                ends[last_use.get(node, i)] = ends.get(last_use.get(node, i), 0.0) + size
+            peak = max(peak, alive)
+            alive -= ends.get(i, 0.0)
+        return peak
 
     def _reads(self, position: int) -> list[fx.Node]:
         """The tensors that a stage takes from inputs and earlier stages, in graph order."""
@@ -435,9 +459,7 @@ class _StageBuilder:
                 size = self.graph.call_function(
                     torch.ops.aten.sym_size.int, (self.copies[node], dim)
                 )
-                multiple = sympy.simplify(
-                    node.meta["val"].shape[dim].node.expr / self.cutter.batch
-                )
+                multiple = sympy.simplify(node.meta["val"].shape[dim].node.expr / self.cutter.batch)
                 if multiple != 1:
                     size = self.graph.call_function(operator.floordiv, (size, int(multiple)))
                 self.batch_size = fx.Proxy(size)
@@ -469,6 +491,7 @@ class _StageBuilder:
             self.root.add_module(target, self.cutter.program.graph_module.get_submodule(target))
             return self.graph.get_attr(target)
         copy = self.graph.node_copy(node, lambda source: self.copies[source])
+        _settle_sizes(copy, node)
         copy.meta = {k: node.meta[k] for k in ("val", "nn_module_stack") if k in node.meta}
         return copy
 
@@ -501,6 +524,72 @@ class _StageBuilder:
             f"({value}), not on the batch size alone, so the stages after an exit cannot compute it "
             "anew. Remove the data-dependent shape, or place the exits after it."
         )
+
+
+def _settle_sizes(copy: fx.Node, node: fx.Node) -> None:
+    """Write a size that a reshape leaves open (-1) as the number it is: zero rows leave it open."""
+    if node.target not in (torch.ops.aten.view.default, torch.ops.aten.reshape.default):
+        return
+    shape = node.meta["val"].shape
+    sizes = [
+        known if wanted == -1 and isinstance(known, int) else wanted
+        for wanted, known in zip(copy.args[1], shape, strict=True)
+    ]
+    copy.args = (copy.args[0], sizes)
+
+
+def _oriented(staged: StagedModel) -> StagedModel:
+    """Find out, by trying, in which order samples lie where they are folded with something else.
+
+    The example is run as it is and with its first two samples exchanged; the order is the one in
+    which exchanging the samples of the first gives the second.
+    """
+    if all(axis is None or axis.multiple == 1 for axis in staged.rows.values()):
+        return staged
+    tensors = staged.call.tensors
+    swap = torch.arange(len(tensors[0]), device=tensors[0].device)
+    swap[:2] = swap[:2].flip(0)
+    plain = _values(staged, tensors)
+    swapped = _values(staged, [tensor[swap] for tensor in tensors])
+    rows = dict(staged.rows)
+    for name, axis in staged.rows.items():
+        if axis is None or axis.multiple == 1:
+            continue
+        orders = (axis, replace(axis, inner=True))
+        far = [
+            float((order.take(plain[name], swap) - swapped[name]).abs().sum()) for order in orders
+        ]
+        rows[name] = orders[far[1] < far[0]]
+    return replace(staged, rows=rows)
+
+
+def _values(staged: StagedModel, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Every value that crosses a cut, for one batch."""
+    values = dict(zip(staged.inputs, tensors, strict=True))
+    with torch.no_grad():
+        for stage in staged.stages:
+            _, *made = stage.module(*(values[name] for name in stage.inputs))
+            values.update(zip(stage.outputs, made, strict=True))
+    return values
+
+
+def _numel_per_row(value: Tensor) -> float:
+    sizes = [_hint(size) for size in value.shape]
+    batch = next((_hint(size) / _ratio(size) for size in value.shape if _symbols(size)), 1.0)
+    return math.prod(sizes) / max(batch, 1.0)
+
+
+def _hint(size: Any) -> float:  # noqa: ANN401
+    """A size for the example; 1 where the example does not tell."""
+    if isinstance(size, int):
+        return float(size)
+    return float(size.node.hint or 1) if size.node.has_hint() else 1.0
+
+
+def _ratio(size: torch.SymInt) -> float:
+    """How many times the batch a size is, where it is a plain multiple."""
+    factor = size.node.expr.as_coeff_Mul()[0]
+    return float(factor) if factor.is_Number and factor > 0 else 1.0
 
 
 def _is_tensor(node: fx.Node) -> bool:

@@ -11,6 +11,7 @@ import hashlib
 import random
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -21,7 +22,15 @@ from torch import Tensor
 from offramp.build.batch import Batch, fingerprints, unpack
 from offramp.errors import DataError
 
-__all__ = ["Census", "EpochLoader", "RandomStream", "check_labels", "derive_seed", "random_state"]
+__all__ = [
+    "Census",
+    "DataRandomness",
+    "EpochLoader",
+    "check_labels",
+    "derive_seed",
+    "distinct",
+    "preserved_randomness",
+]
 
 # Above this share of validation samples that are also training samples, validating is refused.
 # Below, it is a few duplicates, which published data sets have, and is worth a warning.
@@ -34,38 +43,42 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def random_state() -> tuple[Tensor, Any, Any]:
-    """States of the generators that data code draws from: torch (CPU), numpy, Python."""
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+def distinct(*hashes: Tensor) -> Tensor:
+    """All different values of some ``(N,)`` int64 tensors, sorted."""
+    return torch.from_numpy(np.unique(torch.cat(hashes).numpy()))
 
 
-def set_random_state(state: tuple[Tensor, Any, Any]) -> None:
-    """Undo what happened since :func:`random_state`."""
-    torch.set_rng_state(state[0])
-    np.random.set_state(state[1])  # noqa: NPY002
-    random.setstate(state[2])
+@contextmanager
+def preserved_randomness() -> Iterator[None]:
+    """Leave the global generators of torch, numpy and Python as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 
-class RandomStream:
-    """A context in which the global generators are a stream of their own, starting from a seed.
+class DataRandomness:
+    """A context in which torch's global generator is a stream of its own, starting from a seed.
 
     It can be entered many times: each time the stream goes on where it stopped, and outside of it
-    the generators never notice.
+    the generator never notices. Swapping torch's state takes microseconds; numpy's takes a quarter
+    of a millisecond, so numpy and Python are seeded once and not kept apart: data code draws from
+    them, models do not.
     """
 
     def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._inner: tuple[Tensor, Any, Any] | None = None
-        self._outer: tuple[Tensor, Any, Any] | None = None
+        self._outer = torch.get_rng_state()
+        self._inner = torch.Generator().manual_seed(seed).get_state()
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
 
     def __enter__(self) -> None:
-        self._outer = random_state()
-        if self._inner is not None:
-            set_random_state(self._inner)
-            return
-        torch.default_generator.manual_seed(self._seed)
-        np.random.seed(self._seed % 2**32)  # noqa: NPY002
-        random.seed(self._seed)
+        self._outer = torch.get_rng_state()
+        torch.set_rng_state(self._inner)
 
     def __exit__(
         self,
@@ -73,9 +86,8 @@ class RandomStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._inner = random_state()
-        if self._outer is not None:
-            set_random_state(self._outer)
+        self._inner = torch.get_rng_state()
+        torch.set_rng_state(self._outer)
 
 
 class EpochLoader:
@@ -130,11 +142,12 @@ class EpochLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         seed = derive_seed(self.seed, self.role, self.epoch)
-        stream = RandomStream(seed)
+        stream = DataRandomness(seed)
         _seed_generators(self.loader, seed, self.epoch)
         with stream:
             batches = iter(self.loader)
-        for index in range(2**62):
+        index = 0
+        while True:
             with stream:
                 try:
                     batch = self._read(next(batches), index)
@@ -144,15 +157,14 @@ class EpochLoader:
                 self.census.add(batch)
             if index >= self.skip:
                 yield batch
-        else:  # pragma: no cover
-            return
+            index += 1
         if index == 0:
             raise DataError(
-                f"The {self.role} loader yields no batch in epoch {self.epoch + 1}. A generator can "
-                "be walked only once: give a DataLoader or a list of batches."
+                f"The {self.role} loader yields no batch in epoch {self.epoch + 1}. "
+                "A generator can be walked only once: give a DataLoader or a list of batches."
             )
 
-    def _read(self, item: Any, index: int) -> Batch:
+    def _read(self, item: Any, index: int) -> Batch:  # noqa: ANN401
         batch = unpack(item)
         labels = check_labels(
             batch.labels, self.num_classes, f"Batch {index} of the {self.role} loader"
@@ -182,25 +194,27 @@ class Census:
         hashes = fingerprints(batch)
         self._hashes.append(hashes)
         if batch.labels is not None and len(self._classes) < 2:
-            self._classes.update(batch.labels.unique().tolist())
+            self._classes.update(set(batch.labels.tolist()))
+        self.compare(hashes)
+
+    def compare(self, hashes: Tensor) -> None:
+        """Look for validation samples among the ``(N,)`` hashes of samples that were trained on.
+
+        Raises:
+            DataError: there are too many.
+        """
         if self._validation is None or not len(self._validation):
             return
-        found = np.intersect1d(hashes.numpy(), self._validation)
-        self._shared.update(found.tolist())
-        share = len(self._shared) / len(self._validation)
-        if share > SHARED_LIMIT:
+        self._shared.update(np.intersect1d(hashes.numpy(), self._validation).tolist())
+        if len(self._shared) > SHARED_LIMIT * len(self._validation):
             raise DataError(
-                f"The validation loader shares samples with the training loader: already "
+                f"The validation loader shares samples with the training loader: at least "
                 f"{len(self._shared)} of its {len(self._validation)} distinct samples were trained "
                 "on. Split the data before making loaders, and leave out duplicates."
             )
 
     def close(self) -> Tensor:
-        """Warn about what looks wrong, and return all hashes.
-
-        Returns:
-            Sorted, distinct int64 hashes.
-        """
+        """Warn about what looks wrong, and return :attr:`hashes`."""
         if len(self._classes) == 1:
             warnings.warn(
                 f"All labels of the training loader are {next(iter(self._classes))}: with one "
@@ -214,7 +228,14 @@ class Census:
                 "also in the training data.",
                 stacklevel=2,
             )
-        return torch.cat(self._hashes).unique() if self._hashes else torch.empty(0).long()
+        return self.hashes
+
+    @property
+    def hashes(self) -> Tensor:
+        """Distinct hashes of all samples so far, sorted: ``(N,)`` int64."""
+        if not self._hashes:
+            return torch.empty(0, dtype=torch.int64)
+        return distinct(*self._hashes)
 
 
 def check_labels(labels: Tensor | None, num_classes: int, whose: str) -> Tensor:
@@ -249,7 +270,7 @@ def check_labels(labels: Tensor | None, num_classes: int, whose: str) -> Tensor:
     return labels.long()
 
 
-def _seed_generators(loader: Any, seed: int, epoch: int) -> None:
+def _seed_generators(loader: Any, seed: int, epoch: int) -> None:  # noqa: ANN401
     """Generators and epoch counters that the loader and its samplers bring along."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     sampler = getattr(loader, "sampler", None)

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from offramp.build.model import MultiExitModel
 from offramp.errors import DataError
-from offramp.train.schemes import Phase
+from offramp.train.phases import Phase
 
 __all__ = ["Trained", "trained_parts"]
 
@@ -65,8 +65,7 @@ def trained_parts(model: MultiExitModel, phase: Phase) -> Trained:
     """Find what ``phase`` trains in ``model``.
 
     Parameters that the user froze (``requires_grad=False``) stay frozen, and a module all of whose
-    own parameters are so runs in evaluation mode. Parts of the backbone that did not run when the
-    exits were attached belong to the last stage.
+    own parameters are so runs in evaluation mode.
 
     Raises:
         DataError: nothing is left to train.

@@ -46,7 +46,7 @@ def exit_weights(
     """The weight of every exit in one epoch.
 
     * ``"uniform"``: 1 (BranchyNet's and MSDNet's plain sum);
-    * ``"linear"``: ``(k + 1) / E``, later exits count more (PABEE, Zhou et al., NeurIPS 2020, eq. 4);
+    * ``"linear"``: ``(k + 1) / E``, later exits count more (PABEE, Zhou et al., NeurIPS 2020);
     * ``"inverse"``: ``1 / (k + 1)``, earlier exits count more;
     * ``"cost"``: the share of the backbone's cost that is spent when the exit is reached;
     * ``"growing"``: exits but the last grow evenly over the epochs from 0.01 to their ``"cost"``
@@ -98,17 +98,26 @@ class LearnedWeights(nn.Module):
     up to the constant. An exit that cannot be learned well counts less.
 
     Args:
-        num_exits: how many exits are supervised.
+        num_exits: ``E``.
     """
 
     def __init__(self, num_exits: int) -> None:
         super().__init__()
         self.log_variance = nn.Parameter(torch.zeros(num_exits))
 
-    def forward(self, losses: Tensor, weights: Tensor) -> Tensor:
-        """The scalar loss of ``(K,)`` losses under ``(K,)`` weights (0 leaves an exit out)."""
-        terms = torch.exp(-self.log_variance) * losses + self.log_variance
-        return (weights * terms).sum()
+    def forward(self, losses: Tensor, weights: Tensor, exits: Sequence[int]) -> Tensor:
+        """The loss of a step.
+
+        Args:
+            losses: ``(K,)`` mean loss of each supervised exit.
+            weights: ``(K,)`` fixed factors.
+            exits: indices of the supervised exits.
+
+        Returns:
+            A scalar.
+        """
+        log_variance = self.log_variance[list(exits)]
+        return (weights * (torch.exp(-log_variance) * losses + log_variance)).sum()
 
 
 def _given(values: Sequence[float], num_exits: int) -> tuple[float, ...]:

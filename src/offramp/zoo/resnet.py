@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """A residual network for small images: three groups of blocks, global pooling, one linear layer.
+    """A residual network for small images: three groups of blocks, pooling, one linear layer.
 
     Its parameters have the names of the usual CIFAR-10 checkpoints (``conv1``, ``layer1.0.conv1``,
     ..., ``linear``); those were saved from a parallel wrapper, so drop ``module.`` from their keys.
@@ -82,7 +82,8 @@ class CifarResNet(nn.Module):
         """(B, in_channels, H, W) -> (B, C) logits; H and W at least 4."""
         x = torch.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean(dim=(2, 3)))
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
 
 
 def cifar_resnet(

@@ -1,0 +1,259 @@
+"""The commands. What they do is in the library; here words become arguments and results text."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from offramp.errors import OfframpError
+
+__all__ = ["app", "main"]
+
+WIDTH = 120  # of tables where the terminal is narrower, or is none
+
+app = typer.Typer(
+    name="offramp",
+    help="Early exits for any PyTorch network: a rule decides when to stop, and stopping saves "
+    "the time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Network = Annotated[
+    str,
+    typer.Argument(
+        help="module:factory; the factory returns the network, or (network, example batch)."
+    ),
+]
+Shape = Annotated[
+    str | None, typer.Option(help="Sizes of one sample, as 3x32x32, if there is no example.")
+]
+Exits = Annotated[
+    str, typer.Option(help="How many, or their places: layer1,layer2 or 0.25,0.5 or -3,-1.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point: an error of the library is one message on standard error and exit code 1."""
+    try:
+        app(None if arguments is None else list(arguments))
+    except OfframpError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
+    seed: Seed = 0,
+    quick: Annotated[bool, typer.Option(help="Seconds instead of a minute; proves nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train, calibrate, run and measure an early-exit network on handwritten digits."""
+    from offramp.demo import QUICK, Settings, run
+
+    messages = Console(stderr=True)
+    report = run(
+        out,
+        seed=seed,
+        settings=QUICK if quick else Settings(),
+        progress=not as_json,
+        say=(lambda text: None) if as_json else messages.print,
+    )
+    _show(report.to_dict(), report, as_json)
+    if not as_json:
+        messages.print(f"written to {out}: " + ", ".join(sorted(p.name for p in out.iterdir())))
+
+
+@app.command()
+def inspect(
+    network: Network,
+    shape: Shape = None,
+    exits: Exits = "3",
+    cost: Annotated[str, typer.Option(help="macs, params or latency.")] = "macs",
+    depth: Annotated[int, typer.Option(help="How deep modules are shown.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a network costs as a tree, with the places for exits and where they fall."""
+    from offramp.build.batch import as_call
+    from offramp.build.cost import profile
+    from offramp.build.model import attach
+    from offramp.build.placement import percentiles, resolve
+    from offramp.cli.factories import backbone_of
+    from offramp.cli.tree import Inspection
+
+    backbone, example = backbone_of(network, shape)
+    wanted = _exits(exits)
+    found = profile(backbone, *as_call(example), cost)
+    chosen = resolve(found, wanted)
+    model = attach(backbone, example, exits=[place.name for place in chosen])
+    aims = percentiles(wanted) if isinstance(wanted, int) else ()
+    seen = Inspection(found, model, chosen, aims)
+    _show(seen.to_dict(), seen.render(depth), as_json)
+
+
+@app.command()
+def fit(
+    network: Network,
+    data: Annotated[str, typer.Option(help="module:factory of the training loader.")],
+    out: Annotated[Path, typer.Option(help="Folder for the trained model.")],
+    shape: Shape = None,
+    exits: Exits = "3",
+    scheme: Annotated[str, typer.Option(help="How the exits learn: joint, layerwise, heads, ...")] = (
+        "joint"
+    ),
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 10,
+    rate: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Give a network exits, train them, and keep the model in a folder."""
+    import torch
+
+    from offramp.build.model import attach
+    from offramp.cli.factories import backbone_of, loader_of
+    from offramp.cli.saved import save_model
+    from offramp.train.loop import fit as train
+
+    torch.manual_seed(seed)
+    backbone, example = backbone_of(network, shape)
+    model = attach(backbone, example, exits=_exits(exits))
+    history = train(
+        model,
+        loader_of(data),
+        scheme=scheme,
+        epochs=epochs,
+        lr=rate,
+        seed=seed,
+        progress=not as_json,
+    )
+    save_model(model, out, network, shape)
+    rows = [row.to_dict() for row in history.rows]
+    facts = {"out": str(out), "places": list(model.places), "history": rows}
+    _show(facts, f"{history}\nwritten to {out}", as_json)
+
+
+@app.command()
+def record(
+    model: Annotated[Path, typer.Argument(help="Folder that `offramp fit` wrote.")],
+    data: Annotated[str, typer.Option(help="module:factory of the loader.")],
+    out: Annotated[Path, typer.Option(help="The trace, a .safetensors file.")],
+    source: Annotated[str | None, typer.Option(help="A name for the data.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Keep what every exit of a trained model says on data."""
+    from offramp.cli.factories import loader_of
+    from offramp.cli.saved import load_model
+    from offramp.decide.record import record as keep
+
+    loaded, _ = load_model(model)
+    trace = keep(loaded, loader_of(data), source=source, path=out, progress=not as_json)
+    facts = {
+        "out": str(out),
+        "samples": trace.num_samples,
+        "exits": trace.num_exits,
+        "classes": trace.num_classes,
+        "labels": trace.labels is not None,
+        "source": trace.source,
+        "fingerprint": trace.fingerprint,
+    }
+    text = f"{trace.num_samples} samples, {trace.num_exits} exits, source {trace.source!r}: {out}"
+    _show(facts, text, as_json)
+
+
+@app.command()
+def calibrate(
+    trace: Annotated[Path, typer.Argument(help="Trace of calibration data.")],
+    out: Annotated[Path, typer.Option(help="The policy, a .json file.")] = Path("policy.json"),
+    criterion: Annotated[
+        str, typer.Option(help="confidence, entropy, margin, patience, ...")
+    ] = "confidence",
+    max_accuracy_drop: Annotated[
+        float | None, typer.Option(help="Accuracy that may be lost, as a share: 0.005.")
+    ] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(help="Mean cost that may be spent, as a share of the full.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option(help="Share of answers that must be the full network's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose the thresholds that meet a goal on a trace."""
+    from offramp.decide.calibrate import calibrate as choose
+    from offramp.decide.trace import Trace
+
+    goals = {
+        "max_accuracy_drop": max_accuracy_drop,
+        "max_cost": max_cost,
+        "min_agreement": min_agreement,
+    }
+    given: dict[str, Any] = {name: goal for name, goal in goals.items() if goal is not None}
+    policy = choose(Trace.load(trace), criterion, **given)
+    policy.save(out)
+    _show(policy.to_json(), f"{policy.describe()}\nwritten to {out}", as_json)
+
+
+@app.command()
+def evaluate(
+    trace: Annotated[Path, typer.Argument(help="Trace of test data.")],
+    policy: Annotated[Path, typer.Argument(help="The policy, a .json file.")],
+    html: Annotated[Path | None, typer.Option(help="Write a report to this HTML file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the picture to this file.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Loss of accuracy that the verdict accepts, as a share.")
+    ] = 0.01,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a policy does on a trace: accuracy, cost, intervals, baselines, the verdict."""
+    from offramp.analyse.report import evaluate as judge
+    from offramp.decide.policy import Policy
+    from offramp.decide.trace import Trace
+
+    report = judge(Trace.load(trace), Policy.load(policy), tolerance=tolerance, seed=seed)
+    if html is not None:
+        part = html.with_name(f".{html.name}")
+        part.write_text(report.to_html(), "utf-8")
+        os.replace(part, html)
+    if plot is not None:
+        part = plot.with_name(f".{plot.name}")
+        report.plot().figure.savefig(part)
+        os.replace(part, plot)
+    _show(report.to_dict(), report, as_json)
+
+
+def _show(facts: dict[str, Any], shown: RenderableType, as_json: bool) -> None:
+    """The one result of a command, on standard output."""
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
+        return
+    console = Console()
+    if console.width < WIDTH:
+        console = Console(width=WIDTH)
+    console.print(shown, highlight=False, markup=False)
+
+
+def _exits(text: str) -> int | list[int | float | str]:
+    """A number of exits, or a list of fractions, indices and paths."""
+    if text.isdigit():
+        return int(text)
+    places: list[int | float | str] = []
+    for word in text.split(","):
+        try:
+            number = float(word)
+        except ValueError:
+            places.append(word.strip())
+        else:
+            places.append(int(number) if number.is_integer() else number)
+    return places

@@ -1,0 +1,81 @@
+"""A trained multi-exit model in a folder: how it was made, and its tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from offramp.build.model import MultiExitModel, attach
+from offramp.cli.factories import backbone_of
+from offramp.errors import ArtifactError
+
+__all__ = ["load_model", "save_model"]
+
+SCHEMA = 1
+ABOUT, TENSORS, SEEN = "model.json", "model.safetensors", "training_fingerprints"
+
+
+def save_model(model: MultiExitModel, folder: Path, network: str, shape: str | None) -> None:
+    """Write ``model.json`` and ``model.safetensors``.
+
+    Args:
+        model: made by ``attach`` with automatic heads.
+        folder: where to.
+        network: the ``module:factory`` that made its backbone.
+        shape: of one sample, where that gives no example.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {
+        "schema": SCHEMA,
+        "kind": "model",
+        "network": network,
+        "shape": shape,
+        "places": list(model.places),
+    }
+    # The hashes of the training samples go along: recording those again is then found out.
+    tensors = {**model.state_dict(), SEEN: model.training_fingerprints}
+    part = folder / f".{TENSORS}.part"
+    save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+    os.replace(part, folder / TENSORS)
+    part = folder / f".{ABOUT}.part"
+    part.write_text(json.dumps(about, indent=2) + "\n", "utf-8")
+    os.replace(part, folder / ABOUT)
+
+
+def load_model(folder: Path) -> tuple[MultiExitModel, Any]:
+    """The model that :func:`save_model` wrote, in evaluation mode, and an example batch.
+
+    Raises:
+        ArtifactError: the folder or a file is missing, foreign, damaged or of a later schema; or
+            the network is no longer the one that was trained.
+    """
+    try:
+        about = json.loads((folder / ABOUT).read_text("utf-8"))
+        tensors = load_file(folder / TENSORS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{folder} does not hold a model ({error}). Make one with: offramp fit ... --out FOLDER"
+        ) from error
+    if not isinstance(about, dict) or about.get("kind") != "model":
+        raise ArtifactError(f"{folder / ABOUT} does not describe a model of offramp.")
+    if about["schema"] > SCHEMA:
+        raise ArtifactError(
+            f"{folder / ABOUT} has schema {about['schema']}; this offramp reads up to {SCHEMA}. "
+            "Update offramp."
+        )
+    backbone, example = backbone_of(about["network"], about["shape"])
+    model = attach(backbone, example, exits=about["places"])
+    model.training_fingerprints = tensors.pop(SEEN)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{about['network']!r} no longer makes the network that {folder} was trained from: "
+            f"{error}"
+        ) from error
+    return model.eval(), example

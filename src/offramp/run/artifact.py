@@ -1,0 +1,301 @@
+"""One thing to deploy: a folder with an ONNX file, its policy, and a manifest that seals both.
+
+::
+
+    digits.offramp/
+      model.onnx      all stages and the rule; plain onnxruntime runs it
+      policy.json     the criterion, the thresholds, and where they come from
+      manifest.json   inputs, outputs, costs, sha256 of the other parts, the proof, and its own seal
+
+The folder appears at once and whole, or not at all: it is written beside its place and renamed
+after the file has been compared with the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch.utils import _pytree as pytree
+
+from offramp.build.cost import ExitCosts
+from offramp.build.model import MultiExitModel
+from offramp.decide.policy import Policy
+from offramp.errors import ArtifactError, OfframpError
+from offramp.run.chain import Link, Step, chain
+from offramp.run.engines import OnnxEngine, engine_of
+from offramp.run.onnx import connect, convert, split
+from offramp.run.proof import compare_file
+from offramp.run.runner import Runner
+from offramp.run.stages import Call, RowAxis, cut
+
+__all__ = ["export", "load", "verify"]
+
+SCHEMA = 1
+MODEL, POLICY, MANIFEST = "model.onnx", "policy.json", "manifest.json"
+
+
+def export(
+    model: MultiExitModel,
+    policy: Policy,
+    example: object,
+    path: str | os.PathLike[str],
+    *,
+    classes: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    exits: str = "active",
+) -> Path:
+    """Write the artifact, after comparing it with the model.
+
+    Args:
+        model: the multi-exit model.
+        policy: the criterion and its thresholds, which become the file's default thresholds.
+        example: an input batch of at least two samples.
+        path: the folder to write; an artifact that stands there is replaced.
+        classes: names of the classes, in order, for whoever reads the answers.
+        preprocessing: what was done to the inputs, as JSON, for whoever prepares them.
+        exits: ``"active"`` leaves out exits that the policy switched off, head and all;
+            ``"all"`` keeps every exit, so that the thresholds can be calibrated anew.
+
+    Returns:
+        The path.
+
+    Raises:
+        EqualityError: the file does not answer as the model does; nothing is written.
+        StageError: the model cannot be cut or written as ONNX.
+        ArtifactError: something else stands at ``path``, or ``classes`` do not fit.
+    """
+    target = Path(path)
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise ArtifactError(f"{target} exists and is no artifact of offramp. Choose another path.")
+    if classes is not None and len(classes) != model.num_classes:
+        raise ArtifactError(
+            f"{len(classes)} class names for a model of {model.num_classes} classes. Name each."
+        )
+    kept = [k for k, runs in enumerate(policy.active(model.num_exits)) if runs or exits == "all"]
+    staged = cut(model, example, kept)
+    steps = chain(staged, policy, model.num_exits)
+    names = staged.call.names()
+    file = connect(convert(steps), steps, names)
+    proof = compare_file(file.SerializeToString(), model, policy, staged)
+    manifest = {
+        "schema": SCHEMA,
+        "kind": "offramp artifact",
+        "inputs": _inputs(staged.call),
+        "outputs": ["logits", "prediction", "exit", "score"],
+        "structure": pytree.treespec_dumps(staged.call.spec),
+        "constants": [None if hasattr(x, "shape") else x for x in staged.call.leaves],
+        "classes": list(classes) if classes is not None else None,
+        "num_classes": model.num_classes,
+        "preprocessing": dict(preprocessing) if preprocessing is not None else None,
+        "places": list(model.places),
+        "costs": {
+            "unit": model.costs.unit,
+            "stages": list(model.costs.stages),
+            "heads": list(model.costs.heads),
+        },
+        "row_bytes": staged.row_bytes,
+        "steps": [_link_to_json(step) for step in steps],
+        "proof": proof,
+        "versions": {"torch": torch.__version__, "onnx": onnx.__version__},
+    }
+    _write(target, file.SerializeToString(), policy, manifest)
+    return target
+
+
+def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime") -> Runner:
+    """A runner from an artifact.
+
+    Raises:
+        ArtifactError: the artifact is damaged, foreign, or of a later schema; the part is named.
+    """
+    folder = Path(path)
+    manifest = _manifest(folder)
+    parts = {name: _part(folder, name, manifest) for name in (MODEL, POLICY)}
+    executes = engine_of(engine)
+    if not isinstance(executes, OnnxEngine):
+        raise ArtifactError(
+            f"An artifact holds ONNX, which the engine {executes.name!r} does not execute. "
+            "Use 'onnxruntime' or 'openvino'."
+        )
+    try:
+        policy = Policy.from_json(json.loads(parts[POLICY]))
+        links = [
+            _link_from_json(step, threshold)
+            for step, threshold in zip(
+                manifest["steps"], _thresholds(policy, manifest), strict=True
+            )
+        ]
+        calls = [
+            executes.session(m.SerializeToString())
+            for m in split(onnx.load_from_string(parts[MODEL]), links)
+        ]
+        costs = manifest["costs"]
+        return Runner.of_links(
+            executes,
+            links,
+            calls,
+            policy,
+            ExitCosts(
+                unit=costs["unit"], stages=tuple(costs["stages"]), heads=tuple(costs["heads"])
+            ),
+            tuple(manifest["places"]),
+            _call(manifest),
+            manifest["row_bytes"],
+        )
+    except OfframpError:
+        raise
+    except Exception as error:
+        raise ArtifactError(
+            f"{folder} has the right checksums, but does not hang together: "
+            f"{type(error).__name__}: {str(error)[:300]}. Export it again."
+        ) from error
+
+
+def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Check every part of an artifact against its manifest, and that it loads.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ArtifactError: what is wrong, and in which part.
+    """
+    load(path)
+    return _manifest(Path(path))
+
+
+# -- the manifest ----------------------------------------------------------------------------------
+
+
+def _inputs(call: Call) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "dtype": str(value.dtype).removeprefix("torch."),
+            "shape": [None, *value.shape[1:]],
+        }
+        for name, value in zip(call.names(), call.tensors, strict=True)
+    ]
+
+
+def _call(manifest: Mapping[str, Any]) -> Call:
+    """The call that the example was, with empty tensors in place of its data."""
+    tensors = iter(
+        torch.zeros((2, *entry["shape"][1:]), dtype=getattr(torch, entry["dtype"]))
+        for entry in manifest["inputs"]
+    )
+    spec = pytree.treespec_loads(manifest["structure"])
+    leaves = [next(tensors) if leaf is None else leaf for leaf in manifest["constants"]]
+    return Call(leaves, spec)
+
+
+def _link_to_json(step: Step) -> dict[str, Any]:
+    rows = {
+        name: None if axis is None else [axis.dim, axis.multiple, axis.inner]
+        for name, axis in step.rows.items()
+        if name in {*step.inputs, *step.outputs, *step.live}
+    }
+    return {
+        "exit": step.exit,
+        "inputs": list(step.inputs),
+        "outputs": list(step.outputs),
+        "rows": rows,
+        "live": list(step.live),
+    }
+
+
+def _link_from_json(data: Mapping[str, Any], threshold: float) -> Link:
+    rows = {name: None if axis is None else RowAxis(*axis) for name, axis in data["rows"].items()}
+    return Link(
+        data["exit"],
+        threshold,
+        tuple(data["inputs"]),
+        tuple(data["outputs"]),
+        rows,
+        tuple(data["live"]),
+    )
+
+
+def _thresholds(policy: Policy, manifest: Mapping[str, Any]) -> list[float]:
+    every = (*policy.thresholds_for(len(manifest["costs"]["stages"])), -float("inf"))
+    return [every[step["exit"]] for step in manifest["steps"]]
+
+
+def _dump(manifest: Mapping[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1, sort_keys=True).encode()
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest with a checksum of itself; any other spelling of the same JSON is refused."""
+    bare = {key: value for key, value in manifest.items() if key != "seal"}
+    return _dump({**bare, "seal": hashlib.sha256(_dump(bare)).hexdigest()})
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ArtifactError(f"{folder} is no artifact of offramp: it has no {MANIFEST}.")
+    try:
+        raw = file.read_bytes()
+        manifest = json.loads(raw)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{file} cannot be read ({error}): it is damaged or foreign."
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != "offramp artifact":
+        raise ArtifactError(f"{file} is not the manifest of an offramp artifact.")
+    schema = manifest.get("schema")
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise ArtifactError(
+            f"{file} has schema {schema}; this offramp reads up to {SCHEMA}. Update offramp."
+        )
+    if _sealed(manifest) != raw:
+        raise ArtifactError(f"{file} was changed after it was written: its seal does not fit.")
+    return manifest
+
+
+def _part(folder: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
+    file = folder / name
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        raise ArtifactError(
+            f"{file} cannot be read: {error}. The artifact is incomplete."
+        ) from error
+    if hashlib.sha256(raw).hexdigest() != manifest["sha256"][name]:
+        raise ArtifactError(
+            f"{file} is damaged: it has {len(raw)} bytes, and its sha256 is not the manifest's. "
+            "Copy or export it again."
+        )
+    return raw
+
+
+def _write(target: Path, model: bytes, policy: Policy, manifest: dict[str, Any]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        parts = {MODEL: model, POLICY: json.dumps(policy.to_json(), indent=1).encode()}
+        for name, raw in parts.items():
+            (fresh / name).write_bytes(raw)
+        sums = {name: hashlib.sha256(raw).hexdigest() for name, raw in parts.items()}
+        (fresh / MANIFEST).write_bytes(_sealed({**manifest, "sha256": sums}))
+        fresh.chmod(0o755)
+        if target.exists():
+            old = fresh.with_suffix(".old")
+            target.rename(old)
+            fresh.rename(target)
+            shutil.rmtree(old)
+        else:
+            fresh.rename(target)
+    finally:
+        if fresh.exists():
+            shutil.rmtree(fresh)

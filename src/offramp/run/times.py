@@ -1,0 +1,178 @@
+"""What a stage takes here: measured when a runner is made, and what follows from it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from offramp.errors import OfframpError
+from offramp.run.chain import Link, Step
+from offramp.run.engines import Array, Engine, StepCall, engine_of
+from offramp.run.stages import Call
+
+__all__ = ["Line", "StageTimes", "fastest", "rows_in_memory"]
+
+_log = logging.getLogger(__name__)
+
+REPEATS = 3
+PATIENCE_SECONDS = 1.0  # a larger batch that would take longer than this to time is not timed
+
+
+@dataclass(frozen=True)
+class Line:
+    """Seconds as a line over the number of rows: ``fixed + rows * each``."""
+
+    fixed: float
+    each: float
+
+    @classmethod
+    def through(cls, few: int, seconds_few: float, many: int, seconds_many: float) -> Line:
+        """The line through two measurements; neither part is negative."""
+        if many == few:
+            return cls(0.0, seconds_few / few)
+        each = max(0.0, (seconds_many - seconds_few) / (many - few))
+        return cls(max(0.0, seconds_few - few * each), each)
+
+    def at(self, rows: int) -> float:
+        """Seconds for that many rows."""
+        return self.fixed + rows * self.each
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds of every stage, and of compacting what is live after it, over the number of rows."""
+
+    stages: tuple[Line, ...]
+    takes: tuple[Line, ...]
+
+    @classmethod
+    def none(cls) -> StageTimes:
+        """Nothing measured yet: compaction is taken to pay."""
+        return cls((), ())
+
+    def stage(self, position: int, rows: int) -> float:
+        """Expected seconds of a stage for ``rows`` samples; 0 where nothing was measured."""
+        return self.stages[position].at(rows) if self.stages else 0.0
+
+    def compaction_pays(self, position: int, before: int, after: int) -> bool:
+        """Whether taking ``after`` of ``before`` rows out costs less than the next stages save."""
+        if not self.stages:
+            return True
+        saved = sum(line.each for line in self.stages[position + 1 :]) * (before - after)
+        return saved > self.takes[position].at(after)
+
+    @classmethod
+    def measure(
+        cls,
+        engine: Engine,
+        links: Sequence[Link],
+        calls: Sequence[StepCall],
+        call: Call,
+        batch: int,
+    ) -> StageTimes:
+        """Time every stage on the example, repeated to one and to ``batch`` rows."""
+        inputs = [engine.array(value) for value in call.tensors]
+        one, single = _run(engine, links, calls, inputs, 1)
+        many, several = batch, None
+        while many > 1 and sum(one) * many * (REPEATS + 1) > PATIENCE_SECONDS:
+            many //= 2
+        if many > 1:
+            several = _run(engine, links, calls, inputs, many)
+        if several is None:
+            return cls(
+                tuple(Line.through(1, t, 1, t) for t in one),
+                tuple(Line.through(1, t, 1, t) for t in single),
+            )
+        return cls(
+            tuple(Line.through(1, a, many, b) for a, b in zip(one, several[0], strict=True)),
+            tuple(Line.through(1, a, many, b) for a, b in zip(single, several[1], strict=True)),
+        )
+
+
+def fastest(
+    steps: Sequence[Step], call: Call, names: Sequence[str] = ("torch", "onnxruntime", "openvino")
+) -> tuple[Engine, list[StepCall]]:
+    """The engine that runs all steps in the least time on a batch like the example.
+
+    An engine that is not installed, or cannot execute these steps, is passed over; what was
+    measured is logged.
+    """
+    found: list[tuple[float, Engine, list[StepCall]]] = []
+    batch = len(call.tensors[0])
+    for name in names:
+        try:
+            engine = engine_of(name)
+            calls = engine.load(steps)
+        except OfframpError as error:
+            _log.info("engine %s passed over: %s", name, error)
+            continue
+        times = StageTimes.measure(engine, steps, calls, call, batch)
+        seconds = sum(line.at(batch) for line in times.stages)
+        _log.info("engine %s: %.3f ms for a batch of %d", name, 1e3 * seconds, batch)
+        found.append((seconds, engine, calls))
+    _, engine, calls = min(found, key=lambda one: one[0])
+    _log.info("engine %s picked", engine.name)
+    return engine, calls
+
+
+def _run(
+    engine: Engine,
+    links: Sequence[Link],
+    calls: Sequence[StepCall],
+    inputs: Sequence[Array],
+    rows: int,
+) -> tuple[list[float], list[float]]:
+    """Median seconds of each stage and of each compaction, for a batch of ``rows``."""
+    which = np.arange(rows) % len(inputs[0])
+    first = links[0]
+    values: dict[str, Array] = {}
+    for name, value in zip(first.inputs, inputs, strict=True):
+        axis = first.rows[name]
+        values[name] = value if axis is None else engine.take(value, axis, which)
+    stages, takes = [], []
+    everyone = np.arange(rows)
+    for link, call in zip(links, calls, strict=True):
+        given = [values[name] for name in link.inputs]
+        seconds, outputs = _median(lambda call=call, given=given: _done(engine, call(given)))
+        stages.append(seconds)
+        values.update(zip(link.outputs, outputs, strict=True))
+        crossing = [(values[n], axis) for n in link.live if (axis := link.rows[n]) is not None]
+        seconds, _ = _median(
+            lambda crossing=crossing: _done(
+                engine, [engine.take(value, axis, everyone) for value, axis in crossing]
+            )
+        )
+        takes.append(seconds)
+    return stages, takes
+
+
+def _done(engine: Engine, values: list[Array]) -> list[Array]:
+    """Wait until a device has computed the values."""
+    if values:
+        engine.wait(values[-1])
+    return values
+
+
+def _median(run: Callable[[], list[Array]]) -> tuple[float, list[Array]]:
+    values = run()
+    seconds = []
+    for _ in range(REPEATS):
+        begin = time.perf_counter()
+        values = run()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds), values
+
+
+def rows_in_memory(row_bytes: float) -> int:
+    """How many rows fit into half of the memory that is free now."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not every system tells
+        free = 4 << 30
+    return max(1, int(free / 2 / max(row_bytes, 1.0)))

@@ -1,0 +1,1 @@
+"""The exits learn: objectives, schemes, and a loop that runs them."""

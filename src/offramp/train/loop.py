@@ -1,0 +1,342 @@
+"""fit(): run the phases of a scheme on Lightning, and be able to go on after an interruption."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+from offramp.build.batch import fingerprints
+from offramp.build.model import MultiExitModel
+from offramp.errors import DataError, TrainingError
+from offramp.train.checkpoint import (
+    FILE_NAME,
+    Checkpoint,
+    Position,
+    load_model_state,
+    load_optimizer_state,
+    optimizer_state,
+    read_checkpoint,
+    refuse_broken,
+    write_checkpoint,
+)
+from offramp.train.data import Census, EpochLoader, distinct, preserved_randomness
+from offramp.train.freezing import Trained, trained_parts
+from offramp.train.history import EpochRow, History
+from offramp.train.meter import Meter
+from offramp.train.optimizers import DEFAULT_LR, OptimizerFactory, Schedule, adamw, schedule_of
+from offramp.train.phases import Phase
+from offramp.train.progress import ProgressLine
+from offramp.train.schemes import Scheme, as_plan
+from offramp.train.weights import LearnedWeights
+
+if TYPE_CHECKING:
+    from offramp.train.phase_module import PhaseModule
+
+__all__ = ["Session", "Settings", "fit"]
+
+_WEIGHER = "weigher"  # prefix of learned weights among the tensors of a checkpoint
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for all phases of a training; see :func:`fit`."""
+
+    seed: int
+    optimizer: OptimizerFactory
+    schedule: Schedule
+    precision: str
+    accumulate: int
+    clip: float | None
+    accelerator: str
+    folder: Path | None
+    every: int | None
+    run: dict[str, Any]
+
+
+@dataclass
+class Session:
+    """A training on its way.
+
+    Attributes:
+        position: what comes next.
+        last_checkpoint: the newest checkpoint, if there is one.
+        pending: a checkpoint that was read and is not yet fully put back.
+    """
+
+    model: MultiExitModel
+    history: History
+    settings: Settings
+    loader: EpochLoader
+    validation: EpochLoader | None
+    line: ProgressLine
+    position: Position = field(default_factory=Position)
+    last_checkpoint: Path | None = None
+    pending: Checkpoint | None = None
+
+    def run(self) -> None:
+        """All phases that are left."""
+        from offramp.train.phase_module import PhaseModule, run_epochs
+
+        plan = self.history.plan
+        while self.position.phase < len(plan):
+            index = self.position.phase
+            phase = plan[index]
+            trained = trained_parts(self.model, phase)
+            with trained.only():
+                module = PhaseModule(self, phase, trained, *self._made(phase, trained))
+                self.loader.epoch = self.position.epochs_done
+                self.loader.skip = self.position.step
+                if self.loader.skip:  # a shorter epoch takes a Trainer of its own
+                    run_epochs(module, 1)
+                if self.position.phase == index:
+                    run_epochs(module, phase.epochs - self.position.epoch)
+
+    def step_done(self, module: PhaseModule, *, last: bool) -> None:
+        """Move the position on; write a checkpoint every ``settings.every`` steps."""
+        at, settings = self.position, self.settings
+        self.position = Position(at.phase, at.epoch, at.step + 1, at.epochs_done)
+        due = settings.every and self.position.step % settings.every == 0
+        if due and not last and self.position.step % settings.accumulate == 0:
+            self._save(module)
+
+    def epoch_done(self, module: PhaseModule, row: EpochRow) -> None:
+        """Move the position on, keep the row, and write a checkpoint."""
+        at = self.position
+        ended = at.epoch + 1 == self.history.plan[at.phase].epochs
+        self.position = Position(
+            at.phase + 1 if ended else at.phase, 0 if ended else at.epoch + 1, 0, at.epochs_done + 1
+        )
+        self.loader.epoch, self.loader.skip = self.position.epochs_done, 0
+        self.history.rows.append(row)
+        self.line.epoch(row)
+        if at.epochs_done == 0:
+            self.keep_fingerprints(warn=True)
+        self._save(module)
+
+    def keep_fingerprints(self, *, warn: bool = False) -> None:
+        """Tell the model which samples it has seen."""
+        census = self.loader.census
+        if census is not None:
+            seen = census.close() if warn else census.hashes
+            self.model.training_fingerprints = distinct(self.model.training_fingerprints, seen)
+
+    def restore_epoch(self, meter: Meter) -> None:
+        """Put back the sums and the random state of an epoch that was interrupted."""
+        if self.pending is None:
+            return
+        meter.load_state(self.pending.part("meter"))
+        states = self.pending.part("random")
+        torch.set_rng_state(states.pop("cpu"))
+        for index, state in states.items():
+            torch.cuda.set_rng_state(state, int(index))
+        self.pending = None
+
+    def _made(self, phase: Phase, trained: Trained) -> tuple[LearnedWeights | None, Optimizer]:
+        """What a phase has of its own, new or as it was when training was interrupted."""
+        learned = phase.weights == "learned"
+        weigher = LearnedWeights(self.model.num_exits) if learned else None
+        parameters = dict(trained.parameters)
+        if weigher is not None:
+            parameters |= {f"{_WEIGHER}/{name}": p for name, p in weigher.named_parameters()}
+        optimizer = self.settings.optimizer(list(parameters.values()))
+        names = {id(parameter): name for name, parameter in parameters.items()}
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"] * phase.lr_scale
+            if any(id(parameter) not in names for parameter in group["params"]):
+                raise DataError(
+                    f"The optimizer holds parameters that phase {phase.name!r} does not train. "
+                    "Give a function that takes the list of parameters and returns an optimiser "
+                    "of these alone: optimizer=lambda params: torch.optim.SGD(params, lr=0.1)."
+                )
+        if self.pending is not None and self.pending.optimizer:
+            tensors = self.pending.part("optimizer")
+            load_optimizer_state(optimizer, names, tensors, self.pending.optimizer)
+            if weigher is not None:
+                weigher.load_state_dict(self.pending.part(_WEIGHER))
+        return weigher, optimizer
+
+    def _save(self, module: PhaseModule) -> None:
+        if self.settings.folder is None:
+            return
+        refuse_broken(self.model)
+        tensors = {f"model/{name}": value for name, value in self.model.state_dict().items()}
+        tensors["fingerprints"] = self.model.training_fingerprints
+        optimizer: dict[str, Any] = {}
+        if self.position.epoch or self.position.step:
+            names = {id(p): name for name, p in module.trained.parameters.items()}
+            if module.weigher is not None:
+                for name, parameter in module.weigher.named_parameters():
+                    names[id(parameter)] = f"{_WEIGHER}/{name}"
+                    tensors[f"{_WEIGHER}/{name}"] = parameter
+            state, optimizer = optimizer_state(module.optimizer, names)
+            tensors |= {f"optimizer/{name}": value for name, value in state.items()}
+        if self.position.step:
+            tensors |= {f"meter/{name}": value for name, value in module.meter.state().items()}
+            tensors["random/cpu"] = torch.get_rng_state()
+            if module.device.type == "cuda":
+                index = torch.cuda.current_device()
+                tensors[f"random/{index}"] = torch.cuda.get_rng_state(index)
+        rows = [row.to_dict() for row in self.history.rows]
+        checkpoint = Checkpoint(self.settings.run, self.position, rows, tensors, optimizer)
+        self.last_checkpoint = write_checkpoint(self.settings.folder, checkpoint)
+
+
+def fit(
+    model: MultiExitModel,
+    loader: Iterable[Any],
+    *,
+    scheme: str | Scheme | Sequence[Phase] = "joint",
+    epochs: int = 10,
+    validation: Iterable[Any] | None = None,
+    optimizer: OptimizerFactory | None = None,
+    lr: float | None = None,
+    schedule: str | Schedule = "cosine",
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = True,
+    precision: str = "32-true",
+    accumulate: int = 1,
+    clip: float | None = None,
+    accelerator: str = "auto",
+    progress: bool = True,
+) -> History:
+    """Train the exits of a model, in place, by the phases of a scheme.
+
+    The same seed, data and settings give the same weights to the bit, on one machine, whether
+    training ran through or was interrupted and went on. Shuffling is seeded for every epoch, also
+    where the loader brings a generator of its own. (Not covered: ``persistent_workers`` with random
+    augmentation, and ``precision="16-mixed"``, whose loss scale starts anew.) The global random
+    state is as before afterwards. The model ends in evaluation mode, on the device it was on.
+
+    Samples of the first epoch are remembered as ``model.training_fingerprints``, so that a later
+    ``record`` knows training data when it sees them.
+
+    Args:
+        model: from :func:`offramp.attach`.
+        loader: yields ``(input, label)`` batches, or mappings with the key ``labels``; can be
+            walked once per epoch. Labels are ``(B,)`` integers.
+        scheme: a name in :data:`offramp.train.schemes.SCHEMES`, a scheme, or a list of phases.
+        epochs: passes over the loader, of all phases together; a list of phases has its own.
+        validation: batches that are judged after every epoch and never trained on.
+        optimizer: function from the list of trained parameters to an optimiser; by default AdamW.
+            It is called once in every phase.
+        lr: learning rate of the default optimiser, 0.001 if not given.
+        schedule: ``"cosine"``, ``"constant"``, or a function from the part of the phase that is
+            done, in [0, 1), to the factor on the learning rate.
+        seed: of shuffling, augmentation and dropout.
+        checkpoint: folder for a checkpoint, written at the end of every epoch. Without one,
+            no file is written at all.
+        checkpoint_every: write one every so many steps, too.
+        resume: go on from the checkpoint in the folder, if there is one.
+        precision: of Lightning's Trainer, such as ``"bf16-mixed"``.
+        accumulate: batches whose gradients are summed up for a step.
+        clip: largest norm of the gradient.
+        accelerator: of Lightning's Trainer, such as ``"cpu"``.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        Loss and accuracy of every exit in every epoch.
+
+    Raises:
+        DataError: the loader, the labels or the settings are not what was expected, or the
+            validation data are among the training data.
+        TrainingError: the loss is no longer finite, or the checkpoint is not of this training.
+    """
+    if not isinstance(model, MultiExitModel):
+        raise DataError(
+            f"fit trains a MultiExitModel, but got a {type(model).__name__}. "
+            "Give it exits first: model = offramp.attach(backbone, example)."
+        )
+    if optimizer is not None and lr is not None:
+        raise DataError("lr is for the default optimizer. Set it in your own, and leave lr out.")
+    plan = as_plan(scheme, model.num_exits, epochs)
+    train = EpochLoader(loader, seed=seed, num_classes=model.num_classes)
+    rate = DEFAULT_LR if lr is None else lr
+    settings = Settings(
+        seed=seed,
+        optimizer=optimizer or partial(adamw, lr=rate),
+        schedule=schedule_of(schedule),
+        precision=precision,
+        accumulate=accumulate,
+        clip=clip,
+        accelerator=accelerator,
+        folder=None if checkpoint is None else Path(checkpoint),
+        every=checkpoint_every,
+        run={
+            "plan": re.sub(r" at 0x[0-9a-f]+", "", str(plan)),
+            "batches per epoch": train.length,
+            "seed": seed,
+            "optimizer": _name(optimizer) if optimizer else f"AdamW, lr={rate:g}",
+            "schedule": _name(schedule),
+            "precision": precision,
+            "accumulate": accumulate,
+            "clip": clip,
+        },
+    )
+    device = next(model.parameters()).device
+    with preserved_randomness():
+        judge = None
+        if validation is not None:
+            judge = EpochLoader(
+                validation, seed=seed, num_classes=model.num_classes, role="validation"
+            )
+        session = Session(model, History(plan), settings, train, judge, ProgressLine(False, 0))
+        _resume(session, resume)
+        _take_census(session)
+        done = session.position.epochs_done
+        try:
+            with ProgressLine(progress, plan.epochs, done) as session.line:
+                session.run()
+        finally:
+            session.keep_fingerprints()
+            model.to(device)
+    model.eval()
+    return session.history
+
+
+def _resume(session: Session, wanted: bool) -> None:
+    folder = session.settings.folder
+    found = read_checkpoint(folder) if wanted and folder is not None else None
+    if found is None or folder is None:
+        return
+    run = session.settings.run
+    different = [name for name in run if found.run.get(name) != run[name]]
+    if different:
+        name = different[0]
+        raise TrainingError(
+            f"The checkpoint {str(folder / FILE_NAME)!r} is of another training: {name} was\n"
+            f"{found.run.get(name)}\nand is now\n{run[name]}\nUse the same settings to go on, "
+            "another folder, or resume=False to start anew."
+        )
+    load_model_state(session.model, found.part("model"))
+    model = session.model
+    model.training_fingerprints = distinct(
+        model.training_fingerprints, found.tensors["fingerprints"]
+    )
+    session.history.rows = [EpochRow.from_dict(row) for row in found.rows]
+    session.position = found.position
+    session.last_checkpoint = folder / FILE_NAME
+    session.pending = found
+
+
+def _take_census(session: Session) -> None:
+    """Look at the validation samples, so that none of them is trained on unnoticed."""
+    hashes = None
+    if session.validation is not None:
+        hashes = torch.cat([fingerprints(batch) for batch in session.validation])
+    census = Census(hashes)
+    census.compare(session.model.training_fingerprints)
+    if session.position.epochs_done == 0:
+        session.loader.census = census
+
+
+def _name(value: object) -> str:
+    return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__name__)

@@ -1,0 +1,73 @@
+"""The optimiser and the course of its learning rate, where the user names none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from offramp.errors import DataError, unknown_name
+
+__all__ = ["OptimizerFactory", "Schedule", "adamw", "constant", "cosine", "schedule_of"]
+
+OptimizerFactory = Callable[[list[Parameter]], Optimizer]
+Schedule = Callable[[float], float]
+
+DEFAULT_LR = 1e-3
+
+_WEIGHT_DECAY = 0.05
+_WARMUP = 0.05
+
+
+def adamw(parameters: Iterable[Parameter], lr: float = DEFAULT_LR) -> Optimizer:
+    """AdamW; matrices and filters decay, biases and scales do not.
+
+    Decoupled weight decay (Loshchilov and Hutter, ICLR 2019) of 0.05. On CPU and CUDA all
+    parameters are updated by one fused kernel: for small networks on a CPU the difference is felt
+    in every step.
+    """
+    chosen = list(parameters)
+    groups = [
+        {"params": [p for p in chosen if p.dim() > 1], "weight_decay": _WEIGHT_DECAY},
+        {"params": [p for p in chosen if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in chosen)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=fused)
+
+
+def cosine(done: float) -> float:
+    """Half a cosine down to zero, after a linear rise over the first 5 % (SGDR, ICLR 2017).
+
+    Args:
+        done: part of the phase that is done, in ``[0, 1)``.
+
+    Returns:
+        Factor on the learning rate, in ``(0, 1]``.
+    """
+    rise = min(1.0, (done + 1e-3) / _WARMUP)
+    return rise * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def constant(done: float) -> float:
+    """The learning rate as it is."""
+    del done
+    return 1.0
+
+
+_SCHEDULES: dict[str, Schedule] = {"constant": constant, "cosine": cosine}
+
+
+def schedule_of(schedule: str | Schedule) -> Schedule:
+    """The schedule of a name, or the function that was given.
+
+    Raises:
+        DataError: an unknown name.
+    """
+    if not isinstance(schedule, str):
+        return schedule
+    if schedule not in _SCHEDULES:
+        raise DataError(unknown_name("schedule", schedule, sorted(_SCHEDULES)))
+    return _SCHEDULES[schedule]

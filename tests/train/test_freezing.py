@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offramp.build.model import attach
+from offramp.errors import DataError
+from offramp.train.freezing import trained_parts
+from offramp.train.phases import Phase
+from offramp.train.schemes import Alternating, Heads, Joint, Layerwise
+from tests.networks import example_of, make
+from tests.train.tiny import model_of, parts
+
+
+def test_layerwise_phases_divide_the_model() -> None:
+    model = model_of()
+    seen: list[str] = []
+    for phase in Layerwise().plan(4, 4):
+        seen += trained_parts(model, phase).parameters
+    assert sorted(seen) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_joint_trains_everything_and_heads_only_heads() -> None:
+    model = model_of()
+    (joint,) = Joint().plan(4, 1)
+    assert set(trained_parts(model, joint).parameters) == {n for n, _ in model.named_parameters()}
+    assert trained_parts(model, joint).modules == frozenset(model.modules()) - {model.heads}
+    (heads,) = Heads().plan(4, 1)
+    found = trained_parts(model, heads)
+    assert set(found.parameters) == {n for n, _ in model.named_parameters() if n.startswith("heads")}
+    assert not found.modules & set(model.backbone.modules())
+
+
+def test_what_a_phase_trains_runs_in_training_mode_and_nothing_else() -> None:
+    model = model_of()
+    phase = Layerwise().plan(4, 4)[1]
+    trained = trained_parts(model, phase)
+    trained.set_modes()
+    on = {name for name, module in model.named_modules() if module.training}
+    assert on == {
+        *("backbone.blocks.1", *(f"backbone.blocks.1.{i}" for i in range(4))),
+        *(n for n, m in model.named_modules() if n == "heads.1" or n.startswith("heads.1.")),
+    }
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mlp", "encoder"])
+def test_every_part_belongs_to_one_phase(kind: str) -> None:
+    model = attach(make(kind), example_of(kind), exits=2)
+    names: list[str] = []
+    for phase in Layerwise().plan(3, 3):
+        names += trained_parts(model, phase).parameters
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+
+def test_flags_and_gradients_are_as_before_afterwards() -> None:
+    model = model_of().train()
+    model.backbone.fc.bias.requires_grad_(False)
+    model.backbone.blocks[2].eval()
+    flags = [p.requires_grad for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    with trained_parts(model, Layerwise().plan(4, 4)[0]).only():
+        assert sum(p.requires_grad for p in model.backbone.parameters()) == 4
+        model(torch.randn(4, 6)).stack().sum().backward()
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [m.training for m in model.modules()] == modes
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_the_user_froze_stays_frozen() -> None:
+    model = model_of()
+    for parameter in model.backbone.blocks[0].parameters():
+        parameter.requires_grad_(False)
+    (joint,) = Joint().plan(4, 1)
+    trained = trained_parts(model, joint)
+    assert not parts(model)["stage 0"] & set(trained.parameters)
+    trained.set_modes()
+    assert not model.backbone.blocks[0][1].training
+    assert model.backbone.blocks[1][1].training
+
+
+def test_nothing_left_to_train_is_an_error() -> None:
+    model = model_of().requires_grad_(False)
+    with pytest.raises(DataError, match="'joint' has nothing to train: all its parameters have"):
+        trained_parts(model, Joint().plan(4, 1)[0])
+
+
+def test_a_part_that_never_ran_belongs_to_one_phase() -> None:
+    class Spare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+            self.fc = nn.Linear(8, 3)
+            self.only_in_training = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.blocks(x))
+
+    model = attach(Spare().eval(), torch.randn(4, 6), exits=["blocks.0", "blocks.1"])
+    plan = Layerwise().plan(3, 3)
+    spare = "backbone.only_in_training.weight"
+    assert sum(spare in trained_parts(model, phase).parameters for phase in plan) == 1
+
+
+def test_gradient_equilibrium_is_the_rescaling_of_the_paper() -> None:
+    """Li et al. (2019) scale what flows back: at tap k, the trunk's part by (E-1-k)/(E-k) and the
+    head's by 1/(E-k). Done here with hooks on the gradients themselves, as an oracle."""
+    x, y = torch.randn(8, 6), torch.randint(0, 3, (8,))
+    model = model_of(dropout=0.0)
+    trained = trained_parts(model, Joint(equilibrium=True).plan(4, 1)[0])
+
+    def loss(outputs: list[Tensor]) -> Tensor:
+        return torch.stack([nn.functional.cross_entropy(z, y) for z in outputs]).sum()
+
+    loss(model(x).logits).backward()
+    scaled = {
+        name: p.grad * trained.gradient_scales.get(name, 1.0)
+        for name, p in trained.parameters.items()
+        if p.grad is not None
+    }
+    model.zero_grad()
+
+    def scale(value: Tensor, factor: float) -> Tensor:
+        return value * factor + (value * (1 - factor)).detach()
+
+    outputs, value, exits = [], x, 4
+    for k, block in enumerate(model.backbone.blocks):
+        value = block(value)
+        if k < 3:
+            outputs.append(model.heads[k](scale(value, 1 / (exits - k))))
+            value = scale(value, (exits - 1 - k) / (exits - k))
+    outputs.append(model.backbone.fc(value))
+    loss(outputs).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(scaled[name], p.grad, msg=name)
+
+
+def test_equilibrium_counts_the_supervised_exits_alone() -> None:
+    model = model_of()
+    phase = Phase("p", (0, 1, 2, 3), (0, 1, 2), (1, 3), equilibrium=True)
+    scales = trained_parts(model, phase).gradient_scales
+    assert {scales.get(f"backbone.blocks.{k}.0.weight") for k in (0, 1)} == {0.5}
+    assert "backbone.blocks.2.0.weight" not in scales
+    assert trained_parts(model, Alternating().plan(4, 1)[0]).gradient_scales == {}

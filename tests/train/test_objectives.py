@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.special import log_softmax, softmax
+from torch import Tensor
+
+from offramp.errors import DataError
+from offramp.train.objectives import (
+    Boosting,
+    CrossEntropy,
+    Distill,
+    Matched,
+    boosted,
+    cross_entropy,
+    distillation,
+    exit_accuracy,
+    exit_losses,
+    leave_shares,
+    sample_losses,
+)
+
+
+def case(exits: int = 3, batch: int = 5, classes: int = 4, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    outputs = [
+        torch.randn(batch, classes, generator=generator, dtype=torch.float64).requires_grad_()
+        for _ in range(exits)
+    ]
+    return outputs, torch.randint(0, classes, (batch,), generator=generator)
+
+
+def by_hand(logits: Tensor, labels: Tensor) -> list[float]:
+    """Cross entropy per sample, with scipy and a loop."""
+    rows = log_softmax(logits.detach().numpy(), axis=1)
+    return [-float(row[label]) for row, label in zip(rows, labels.tolist(), strict=True)]
+
+
+@given(
+    exits=st.integers(1, 5), batch=st.integers(1, 6), classes=st.integers(2, 7), seed=st.integers(0, 99)
+)
+@settings(max_examples=30, deadline=None)
+def test_losses_equal_a_hand_loop(exits: int, batch: int, classes: int, seed: int) -> None:
+    outputs, labels = case(exits, batch, classes, seed)
+    expected = np.array([by_hand(logits, labels) for logits in outputs])
+    np.testing.assert_allclose(sample_losses(outputs, labels).detach(), expected, rtol=1e-10)
+    np.testing.assert_allclose(exit_losses(outputs, labels).detach(), expected.mean(1), rtol=1e-10)
+    weights = [0.5 * k + 0.1 for k in range(exits)]
+    total = sum(w * row.mean() for w, row in zip(weights, expected, strict=True))
+    assert cross_entropy(outputs, labels, weights).item() == pytest.approx(total)
+    assert cross_entropy(outputs, labels).item() == pytest.approx(expected.mean(1).sum())
+
+
+def test_accuracy_of_each_exit() -> None:
+    outputs, labels = case()
+    expected = [(logits.argmax(1) == labels).double().mean().item() for logits in outputs]
+    assert exit_accuracy(outputs, labels).tolist() == pytest.approx(expected)
+
+
+def test_weights_of_another_number_are_refused() -> None:
+    outputs, labels = case()
+    with pytest.raises(DataError, match=r"Weights of shape \(2,\) do not fit 3 exits"):
+        cross_entropy(outputs, labels, [1.0, 2.0])
+
+
+def test_an_exit_that_is_not_there_is_refused() -> None:
+    outputs, labels = case()
+    with pytest.raises(DataError, match="There is no exit 3: the outputs hold 3 exits"):
+        sample_losses(outputs, labels, [0, 3])
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [CrossEntropy(), CrossEntropy(0.1), Distill(), Distill(teacher="ensemble"), Boosting(), Matched()],
+    ids=repr,
+)
+def test_every_objective_reaches_the_supervised_exits_alone(objective: CrossEntropy) -> None:
+    outputs, labels = case(4)
+    terms = objective(outputs, labels, [1])
+    assert terms.shape == (1, 5)
+    terms.sum().backward()
+    touched = [k for k, logits in enumerate(outputs) if logits.grad is not None]
+    assert touched == [1]
+    everything = objective(outputs, labels)
+    assert everything.shape == (4, 5)
+    assert torch.equal(everything[1], terms[0])
+
+
+def test_label_smoothing_equals_its_definition() -> None:
+    outputs, labels = case(1)
+    rows = log_softmax(outputs[0].detach().numpy(), axis=1)
+    hard = np.array(by_hand(outputs[0], labels))
+    expected = 0.8 * hard + 0.2 * -rows.mean(1)
+    np.testing.assert_allclose(CrossEntropy(0.2)(outputs, labels)[0].detach(), expected)
+
+
+@pytest.mark.parametrize("teacher", ["last", "ensemble"])
+def test_distillation_equals_the_formula(teacher: str) -> None:
+    outputs, labels = case(3)
+    temperature, weight = 2.5, 0.3
+    tempered = [softmax(z.detach().numpy() / temperature, axis=1) for z in outputs]
+    target = tempered[-1] if teacher == "last" else np.mean(tempered, axis=0)
+    got = Distill(teacher=teacher, temperature=temperature, weight=weight)(outputs, labels)  # type: ignore[arg-type]
+    for k in range(3):
+        hard = np.array(by_hand(outputs[k], labels))
+        soft = (target * np.log(target / tempered[k])).sum(1) * temperature**2
+        alone = teacher == "last" and k == 2
+        expected = hard if alone else (1 - weight) * hard + weight * soft
+        np.testing.assert_allclose(got[k].detach(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_teacher_learns_nothing_from_its_pupils() -> None:
+    outputs, _ = case(2)
+    distillation(outputs, [0]).sum().backward()
+    assert outputs[0].grad is not None
+    assert outputs[1].grad is None
+
+
+def test_equal_logits_have_nothing_to_distil() -> None:
+    logits = torch.randn(4, 3, dtype=torch.float64)
+    assert distillation([logits, logits]).abs().max().item() < 1e-12
+
+
+def test_boosting_adds_up_and_stops_gradients_at_earlier_exits() -> None:
+    outputs, labels = case(3)
+    sums = boosted(outputs)
+    assert torch.allclose(sums[2], outputs[0] + outputs[1] + outputs[2])
+    Boosting()(outputs, labels, [2]).sum().backward()
+    assert [z.grad is not None for z in outputs] == [False, False, True]
+
+
+@given(seed=st.integers(0, 99), exits=st.integers(1, 5), sharpness=st.floats(0.1, 50))
+@settings(max_examples=30, deadline=None)
+def test_every_sample_leaves_once(seed: int, exits: int, sharpness: float) -> None:
+    outputs, _ = case(exits, 6, 3, seed)
+    shares = leave_shares(outputs, sharpness)
+    assert shares.shape == (exits, 6)
+    assert (shares >= 0).all()
+    torch.testing.assert_close(shares.sum(0), torch.ones(6, dtype=torch.float64))
+
+
+def test_matched_gives_sure_samples_to_the_early_exit() -> None:
+    sure = torch.tensor([[9.0, 0.0], [0.1, 0.0]])
+    outputs = [sure, torch.zeros(2, 2)]
+    labels = torch.tensor([0, 0])
+    plain = CrossEntropy()(outputs, labels)
+    factor = Matched(floor=0.0)(outputs, labels) / plain
+    assert factor[0, 0] > factor[0, 1]
+    assert factor[1, 1] > factor[1, 0]
+    torch.testing.assert_close(factor.mean(1), torch.ones(2))
+    torch.testing.assert_close(Matched(floor=1.0)(outputs, labels), plain)
+
+
+def test_objectives_wrap_each_other() -> None:
+    outputs, labels = case(3)
+    got = Matched(Distill(Boosting(CrossEntropy(0.1))), floor=1.0)(outputs, labels)
+    inner = Boosting(CrossEntropy(0.1))(outputs, labels)
+    soft = distillation(outputs)
+    expected = torch.stack(
+        [0.5 * inner[0] + 0.5 * soft[0], 0.5 * inner[1] + 0.5 * soft[1], inner[2]]
+    )
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"teacher": "lst"}, "Unknown teacher 'lst'. Did you mean 'last'"),
+        ({"temperature": 0.0}, "temperature above 0, but got 0.0"),
+        ({"weight": 1.5}, "weight from 0 to 1, but got 1.5"),
+    ],
+)
+def test_wrong_settings_of_distillation(settings: dict[str, object], text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        Distill(**settings)  # type: ignore[arg-type]
+
+
+def test_wrong_floor() -> None:
+    with pytest.raises(DataError, match="floor from 0 to 1, but got -1"):
+        Matched(floor=-1)
+
+
+def test_uniform_logits_cost_log_of_the_classes() -> None:
+    loss = exit_losses([torch.zeros(2, 8)], torch.tensor([1, 2]))
+    assert loss.item() == pytest.approx(math.log(8))

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offramp.errors import DataError
+from offramp.train.objectives import CrossEntropy, Distill
+from offramp.train.phases import Phase
+from offramp.train.schemes import (
+    SCHEMES,
+    Alternating,
+    Heads,
+    Joint,
+    Layerwise,
+    Mixed,
+    Separate,
+    as_plan,
+)
+
+
+def test_joint_is_one_phase_over_everything() -> None:
+    (phase,) = Joint(weights="linear").plan(4, 7)
+    assert phase.stages == phase.exits == (0, 1, 2, 3)
+    assert phase.heads == (0, 1, 2)
+    assert (phase.epochs, phase.weights) == (7, "linear")
+
+
+def test_layerwise_trains_each_part_once_and_ends_with_the_backbone() -> None:
+    plan = Layerwise().plan(4, 8)
+    assert [phase.stages for phase in plan] == [(0,), (1,), (2,), (3,)]
+    assert [phase.heads for phase in plan] == [(0,), (1,), (2,), ()]
+    assert [phase.exits for phase in plan] == [(0,), (1,), (2,), (3,)]
+    assert [phase.epochs for phase in plan] == [2, 2, 2, 2]
+
+
+def test_heads_leave_the_backbone() -> None:
+    (phase,) = Heads().plan(3, 2)
+    assert (phase.stages, phase.heads, phase.exits) == ((), (0, 1), (0, 1))
+
+
+def test_backbone_comes_first_in_mixed_and_separate() -> None:
+    mixed = Mixed(shares=(0.75, 0.25)).plan(3, 8)
+    assert [(p.name, p.epochs) for p in mixed] == [("backbone", 6), ("joint", 2)]
+    separate = Separate().plan(3, 10)
+    assert [(p.name, p.epochs) for p in separate] == [("backbone", 6), ("heads", 2), ("tuning", 2)]
+    assert separate[2].lr_scale == 0.1
+    assert separate[0].exits == (2,)
+    assert separate[1].stages == ()
+
+
+def test_alternating_takes_turns() -> None:
+    (phase,) = Alternating().plan(3, 1)
+    assert [phase.supervised(step) for step in range(3)] == [(2,), (0, 1, 2), (2,)]
+
+
+def test_a_single_exit_is_plain_training() -> None:
+    for name in ("joint", "layerwise", "mixed", "alternating"):
+        plan = as_plan(name, 1, 4)
+        assert {phase.exits for phase in plan} == {(0,)}
+
+
+@given(
+    name=st.sampled_from(sorted(SCHEMES)), exits=st.integers(2, 9), epochs=st.integers(1, 60)
+)
+def test_all_epochs_are_spent_and_every_part_is_trained(name: str, exits: int, epochs: int) -> None:
+    scheme = SCHEMES[name]()
+    count = len(scheme.phases(exits))
+    if epochs < count:
+        with pytest.raises(DataError, match=f"has {count} phases and needs at least one epoch"):
+            scheme.plan(exits, epochs)
+        return
+    plan = as_plan(scheme, exits, epochs)
+    assert plan.epochs == epochs
+    assert all(phase.epochs >= 1 for phase in plan)
+    assert {k for phase in plan for k in phase.heads} == set(range(exits - 1))
+    if name != "heads":
+        assert {k for phase in plan for k in phase.stages} == set(range(exits))
+
+
+def test_a_scheme_is_composed_and_prints_as_it_is_written() -> None:
+    plan = Mixed(Distill(CrossEntropy(0.1), temperature=4.0), weights="linear").plan(4, 20)
+    text = str(plan)
+    assert text.splitlines()[0] == "Mixed: backbone, then all exits jointly (4 exits)"
+    assert "Distill(objective=CrossEntropy(label_smoothing=0.1), temperature=4.0)" in text
+    assert "weights linear" in text
+    assert "backbone, heads 0-2" in text
+    assert "0-3" in text
+
+
+def test_every_plan_prints_its_phases() -> None:
+    lines = str(Layerwise().plan(3, 3)).splitlines()
+    assert lines[1].split() == ["phase", "epochs", "trains", "exits", "objective"]
+    assert lines[2].split() == ["exit", "0", "1", "stages", "0,", "heads", "0", "0", "CrossEntropy()"]
+    assert lines[4].split()[:4] == ["backbone", "1", "stages", "2"]
+
+    def rising(epoch: int) -> list[float]:
+        return [epoch, 1.0]
+
+    text = str(Joint(weights=rising, equilibrium=True).plan(2, 1))
+    assert "weights rising(), gradient equilibrium" in text
+    assert " 1 | 0,1 " in str(Alternating().plan(2, 1))
+    assert "lr x 0.1" in str(Separate().plan(2, 3))
+
+
+def test_phases_can_be_given() -> None:
+    phases = [Phase("mine", (0,), (0,), (0,), epochs=3)]
+    plan = as_plan(phases, 2, epochs=99)
+    assert plan.epochs == 3
+    assert plan[0] is phases[0]
+    assert plan[:1] == (phases[0],)
+    assert len(plan) == 1
+
+
+@pytest.mark.parametrize(
+    ("scheme", "text"),
+    [
+        ("layer-wise", "Unknown scheme 'layer-wise'. Did you mean 'layerwise'"),
+        ([], "The scheme has no phase"),
+        ([Phase("p", (5,), (), (0,))], r"'p' names stages \[5\], but the model has 3 stages"),
+        ([Phase("p", (0,), (2,), (0,))], r"'p' names heads \[2\], but the model has 2 heads"),
+        ([Phase("p", (0,), (), (3,))], r"'p' names exits \[3\], but the model has 3 exits"),
+        ([Phase("p", (), (), (0,))], "'p' trains nothing"),
+        ([Phase("p", (0,), (), (0,), epochs=0)], "'p' has 0 epochs"),
+        (Mixed(shares=(0.0, 1.0)), "Shares of epochs must be above 0"),
+    ],
+)
+def test_wrong_schemes(scheme: object, text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        as_plan(scheme, 3, 10)  # type: ignore[arg-type]
+
+
+def test_wrong_phases() -> None:
+    with pytest.raises(DataError, match="'p' supervises no exit"):
+        Phase("p", (0,), (), ())
+    with pytest.raises(DataError, match=r"'p' takes turns with exits \[1\]"):
+        Phase("p", (0,), (), (0,), turns=((0,), (1,)))
+    with pytest.raises(DataError, match="Unknown weights 'unifrom'"):
+        Phase("p", (0,), (), (0,), weights="unifrom")
+    with pytest.raises(DataError, match="has no heads to train"):
+        as_plan("heads", 1, 1)
