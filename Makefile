@@ -30,10 +30,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.installed-test: requirements-test.txt requirements-test-nodeps.txt $(VENV)/.installed
+$(VENV)/.installed-test: requirements-test.txt requirements-vision.txt $(VENV)/.installed
 	@echo "installing the test tools into $(VENV)"
 	$(PIP) -r requirements-test.txt
-	$(PIP) --no-deps -r requirements-test-nodeps.txt
+	@rm -rf $(VENV)/vision
+	$(PIP) --no-deps --target $(VENV)/vision -r requirements-vision.txt
 	@touch $@
 
 demo: $(VENV)/.installed  ## train, calibrate, run and measure an early-exit network on real data

@@ -200,7 +200,9 @@ def train(model: nn.Module, data: dict[str, Tensor], recipe: Recipe) -> None:
             schedule.step()
             total, count = total + float(loss.detach()), count + 1
         took = time.perf_counter() - started
-        print(f"{recipe.data}: epoch {epoch + 1}, loss {total / count:.4f}, {took:.0f} s", flush=True)
+        print(
+            f"{recipe.data}: epoch {epoch + 1}, loss {total / count:.4f}, {took:.0f} s", flush=True
+        )
 
 
 def backbone_of(name: str, data: Path) -> nn.Module:

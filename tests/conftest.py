@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# torchvision and what needs it lie apart from the other packages (see requirements-vision.txt).
+_VISION = Path(sys.prefix) / "vision"
+if _VISION.is_dir():
+    sys.path.append(str(_VISION))
 
 _OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"

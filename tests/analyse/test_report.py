@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from offramp.analyse import evaluate
+from offramp.analyse.plot import picture
 from offramp.decide import Policy
 from offramp.decide.policy import replay
 from offramp.decide.trace import Trace
@@ -146,6 +147,13 @@ def test_plot_returns_the_axes(report, tmp_path):
     mine = Figure().subplots()
     assert report.plot(mine) is mine
     assert "matplotlib.pyplot" not in mpl.__dict__ or not mpl.pyplot.get_fignums()
+
+
+def test_the_picture_is_a_file(report):
+    assert picture(report).startswith(b"\x89PNG")
+    assert b"<svg" in picture(report, "svg")
+    with pytest.raises(DataError, match="Unknown picture format 'pngg'. Did you mean 'png'"):
+        picture(report, "pngg")
 
 
 def test_html_needs_nothing_else(report):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from offramp.analyse.baselines import Baseline
-from offramp.analyse.verdict import verdict
+from offramp.analyse.verdict import verdict, with_time
 
 
 def baseline(cost=0.3, accuracy=0.9, lead=(0.05, (0.03, 0.07))):
@@ -60,6 +60,21 @@ def test_do_not_bother(changed, text):
 def test_a_truncation_that_costs_more_does_not_serve():
     dearer = baseline(cost=0.51, lead=(-0.01, (-0.02, 0.0)))
     assert verdict(**GOOD | {"truncations": [dearer]}).worth_it
+
+
+def timed(**speeds):
+    return {"engine": "e", "threads": 1, **{k: {"speedup": v} for k, v in speeds.items()}}
+
+
+def test_measured_time_has_the_last_word():
+    judged = verdict(**GOOD)
+    assert with_time(judged, timed(batch_1=1.5, batch_64=2.0)) == judged
+    slower = with_time(judged, timed(batch_1=0.8, batch_64=0.9))
+    assert not slower.worth_it
+    assert "measured it is 0.80 times as fast at batch 1, 0.90 times as fast" in slower.text
+    mixed = with_time(judged, timed(batch_1=0.8, batch_64=1.9))
+    assert mixed.worth_it
+    assert mixed.text.endswith("measured 0.80 times as fast at batch 1.")
 
 
 def test_the_measure_is_named():

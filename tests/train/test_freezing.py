@@ -28,7 +28,9 @@ def test_joint_trains_everything_and_heads_only_heads() -> None:
     assert trained_parts(model, joint).modules == frozenset(model.modules()) - {model.heads}
     (heads,) = Heads().plan(4, 1)
     found = trained_parts(model, heads)
-    assert set(found.parameters) == {n for n, _ in model.named_parameters() if n.startswith("heads")}
+    assert set(found.parameters) == {
+        n for n, _ in model.named_parameters() if n.startswith("heads")
+    }
     assert not found.modules & set(model.backbone.modules())
 
 

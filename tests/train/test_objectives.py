@@ -26,7 +26,9 @@ from offramp.train.objectives import (
 )
 
 
-def case(exits: int = 3, batch: int = 5, classes: int = 4, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+def case(
+    exits: int = 3, batch: int = 5, classes: int = 4, seed: int = 0
+) -> tuple[list[Tensor], Tensor]:
     generator = torch.Generator().manual_seed(seed)
     outputs = [
         torch.randn(batch, classes, generator=generator, dtype=torch.float64).requires_grad_()
@@ -42,7 +44,10 @@ def by_hand(logits: Tensor, labels: Tensor) -> list[float]:
 
 
 @given(
-    exits=st.integers(1, 5), batch=st.integers(1, 6), classes=st.integers(2, 7), seed=st.integers(0, 99)
+    exits=st.integers(1, 5),
+    batch=st.integers(1, 6),
+    classes=st.integers(2, 7),
+    seed=st.integers(0, 99),
 )
 @settings(max_examples=30, deadline=None)
 def test_losses_equal_a_hand_loop(exits: int, batch: int, classes: int, seed: int) -> None:
@@ -76,7 +81,14 @@ def test_an_exit_that_is_not_there_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "objective",
-    [CrossEntropy(), CrossEntropy(0.1), Distill(), Distill(teacher="ensemble"), Boosting(), Matched()],
+    [
+        CrossEntropy(),
+        CrossEntropy(0.1),
+        Distill(),
+        Distill(teacher="ensemble"),
+        Boosting(),
+        Matched(),
+    ],
     ids=repr,
 )
 def test_every_objective_reaches_the_supervised_exits_alone(objective: CrossEntropy) -> None:

@@ -60,9 +60,7 @@ def test_a_single_exit_is_plain_training() -> None:
         assert {phase.exits for phase in plan} == {(0,)}
 
 
-@given(
-    name=st.sampled_from(sorted(SCHEMES)), exits=st.integers(2, 9), epochs=st.integers(1, 60)
-)
+@given(name=st.sampled_from(sorted(SCHEMES)), exits=st.integers(2, 9), epochs=st.integers(1, 60))
 def test_all_epochs_are_spent_and_every_part_is_trained(name: str, exits: int, epochs: int) -> None:
     scheme = SCHEMES[name]()
     count = len(scheme.phases(exits))
@@ -91,7 +89,17 @@ def test_a_scheme_is_composed_and_prints_as_it_is_written() -> None:
 def test_every_plan_prints_its_phases() -> None:
     lines = str(Layerwise().plan(3, 3)).splitlines()
     assert lines[1].split() == ["phase", "epochs", "trains", "exits", "objective"]
-    assert lines[2].split() == ["exit", "0", "1", "stages", "0,", "heads", "0", "0", "CrossEntropy()"]
+    assert lines[2].split() == [
+        "exit",
+        "0",
+        "1",
+        "stages",
+        "0,",
+        "heads",
+        "0",
+        "0",
+        "CrossEntropy()",
+    ]
     assert lines[4].split()[:4] == ["backbone", "1", "stages", "2"]
 
     def rising(epoch: int) -> list[float]:

@@ -30,7 +30,10 @@ def test_growing_weights_end_at_the_cost() -> None:
 
 
 @given(
-    name=st.sampled_from(WEIGHT_NAMES), exits=st.integers(1, 8), epochs=st.integers(1, 9), data=st.data()
+    name=st.sampled_from(WEIGHT_NAMES),
+    exits=st.integers(1, 8),
+    epochs=st.integers(1, 9),
+    data=st.data(),
 )
 def test_named_weights_are_between_0_and_1(
     name: str, exits: int, epochs: int, data: st.DataObject

@@ -89,9 +89,12 @@ def parts(model: MultiExitModel) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for k in range(model.num_exits):
         found[f"stage {k}"] = {
-            f"backbone.{path}.{name}"
+            f"backbone.{path}.{name}" if path else f"backbone.{name}"
             for path, module in model.stage_modules(k)
-            for name in module.state_dict()
+            for name, _ in [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]
         }
     for k, head in enumerate(model.heads):
         found[f"head {k}"] = {f"heads.{k}.{name}" for name in head.state_dict()}

@@ -95,7 +95,7 @@ def random_exit(
     expected = shares @ right.double()  # (N,): the chance that a random exit is right about each
     gap = answered.double() - expected
     return Baseline(
-        name="random exit at equal cost",
+        name="random exit, same cost",
         accuracy=float(expected.mean()),
         interval=bootstrap(expected.numpy(), level=level, seed=seed),
         cost=cost,

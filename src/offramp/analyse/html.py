@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import io
 from html import escape
 from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
-
+from offramp.analyse.plot import picture
 from offramp.analyse.table import columns, facts, rows
 
 if TYPE_CHECKING:
@@ -35,11 +33,7 @@ pre { overflow-x: auto; background: #f6f6f6; padding: 1rem; font-size: 12px }
 
 def page(report: Report) -> str:
     """Verdict, table, picture and the whole JSON on one page; the picture is inside it."""
-    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
-    report.plot(figure.subplots())
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    image = base64.b64encode(picture.getvalue()).decode("ascii")
+    image = base64.b64encode(picture(report)).decode("ascii")
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns(report))
     lines = []
     for label, cells in rows(report):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import Figure
+
+from offramp.errors import DataError, unknown_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from offramp.analyse.report import Report
 
-__all__ = ["draw"]
+__all__ = ["draw", "picture"]
+
+FORMATS = ("pdf", "png", "svg")
 
 # Dark blue, orange, green, grey, violet: told apart also without red or green, and by marker.
 CURVE, POLICY, ORACLE, STATIC, RANDOM = "#1f4e79", "#d95f02", "#1b9e77", "#666666", "#7570b3"
@@ -28,7 +33,7 @@ def draw(report: Report, ax: Axes | None = None) -> Axes:
         The axes.
     """
     if ax is None:
-        ax = Figure(figsize=(7, 4.5), dpi=150, layout="constrained").subplots()
+        ax = _figure().subplots()
     full = report.full.cost
     ax.plot(
         [point.cost_ratio for point in report.frontier],
@@ -83,3 +88,26 @@ def draw(report: Report, ax: Axes | None = None) -> Axes:
     ax.grid(alpha=0.25)
     ax.legend(loc="lower right", fontsize="small")
     return ax
+
+
+def picture(report: Report, format: str = "png") -> bytes:
+    """The picture as the content of a file.
+
+    Args:
+        report: to draw.
+        format: ``"png"``, ``"svg"`` or ``"pdf"``.
+
+    Raises:
+        DataError: another format.
+    """
+    if format not in FORMATS:
+        raise DataError(unknown_name("picture format", format, FORMATS))
+    figure = _figure()
+    draw(report, figure.subplots())
+    file = io.BytesIO()
+    figure.savefig(file, format=format)
+    return file.getvalue()
+
+
+def _figure() -> Figure:
+    return Figure(figsize=(7, 4.5), dpi=150, layout="constrained")

@@ -16,7 +16,7 @@ from offramp.analyse.calibration import expected_calibration_error
 from offramp.analyse.frontier import Point, turned
 from offramp.analyse.intervals import Interval, bootstrap, paired_difference, wilson
 from offramp.analyse.overthinking import Overthinking, overthinking
-from offramp.analyse.verdict import Verdict, verdict
+from offramp.analyse.verdict import Verdict, verdict, with_time
 from offramp.decide.policy import Decisions, Policy, replay
 from offramp.decide.trace import Trace
 from offramp.errors import DataError
@@ -118,11 +118,14 @@ class Report:
         """The same report with what was measured beside the trace.
 
         Args:
-            measured: JSON-able values; ``time`` is shown in the table: a mapping with ``engine``,
-                ``threads`` and, for each batch size, ``batch_<size>`` with ``full_ms``,
-                ``early_ms``, ``speedup`` and perhaps ``exits_ms``, milliseconds per sample.
+            measured: JSON-able values; ``time`` is shown in the table, and the verdict heeds it: a
+                mapping with ``engine``, ``threads`` and, for each batch size, ``batch_<size>`` with
+                ``full_ms``, ``early_ms``, ``speedup`` and perhaps ``exits_ms``, milliseconds per
+                sample.
         """
-        return replace(self, measured={**self.measured, **measured})
+        time = measured.get("time")
+        judged = with_time(self.verdict, time) if isinstance(time, Mapping) else self.verdict
+        return replace(self, measured={**self.measured, **measured}, verdict=judged)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""

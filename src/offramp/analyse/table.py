@@ -15,16 +15,19 @@ if TYPE_CHECKING:
     from offramp.analyse.intervals import Interval
     from offramp.analyse.report import Report
 
-__all__ = ["as_text", "batches", "columns", "cost_text", "facts", "rows"]
+__all__ = ["WIDTH", "as_text", "batches", "columns", "cost_text", "facts", "rows"]
 
+WIDTH = 120
 UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def render(report: Report) -> Group:
     """Table, overthinking, verdict and notes, for rich."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns(report)):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    label_heading, *headings = columns(report)
+    table.add_column(label_heading, overflow="fold")  # a long place takes two lines
+    for name in headings:
+        table.add_column(name, justify="right", no_wrap=True)
     for label, cells in rows(report):
         style = {"full network": "bold", "early exits": "bold green"}.get(label, "")
         table.add_row(label, *cells, style=style)
@@ -37,8 +40,8 @@ def render(report: Report) -> Group:
 
 
 def as_text(report: Report) -> str:
-    """The same as plain text, as wide as it needs."""
-    console = Console(file=io.StringIO(), width=140, color_system=None, highlight=False)
+    """The same as plain text."""
+    console = Console(file=io.StringIO(), width=WIDTH, color_system=None, highlight=False)
     with console.capture() as capture:
         console.print(render(report))
     return "\n".join(line.rstrip() for line in capture.get().splitlines()).strip("\n")
@@ -48,8 +51,8 @@ def columns(report: Report) -> list[str]:
     """Headings of the table."""
     unit = "MACs" if report.cost_unit.lower() == "macs" else f"cost ({report.cost_unit})"
     timed = [f"ms, batch {size}" for size, _ in batches(report)]
-    heads = ["", report.measure, "95 % interval", "leave", "right of those", unit, "of full"]
-    return [*heads, "ECE", *timed]
+    heads = ["", f"{report.measure}, %", "leave, %", "right, %", unit, "of full", "ECE"]
+    return [*heads, *timed]
 
 
 def rows(report: Report) -> list[tuple[str, list[str]]]:
@@ -63,8 +66,8 @@ def rows(report: Report) -> list[tuple[str, list[str]]]:
     def line(
         accuracy: float, interval: Interval, cost: float, middle: Sequence[str] = ("", "")
     ) -> list[str]:
-        start = [_percent(accuracy), _interval(interval), *middle]
-        return [*start, cost_text(cost), f"{cost / full.cost:.2f}"]
+        start = f"{_percent(accuracy)} ({_interval(interval)})"
+        return [start, *middle, cost_text(cost), f"{cost / full.cost:.2f}"]
 
     found = [
         ("full network", [*line(full.accuracy, full.interval, full.cost), "", *timed("full_ms")])
@@ -104,7 +107,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
             for size, times in batches(report)
         )
         threads = f"{time['threads']} thread{'s' if time['threads'] != 1 else ''}"
-        found.append(("Measured", f"{speed} ({time['engine']}, {threads}; per sample)"))
+        found.append(("Measured", f"{speed} ({time['engine']}, {threads})"))
     thinking = report.overthinking
     if thinking is not None:
         found.append(
@@ -138,7 +141,7 @@ def cost_text(cost: float) -> str:
     return f"{cost:.3g}"
 
 
-def _milliseconds(value: float | Sequence[float] | None, index: int | None) -> str:
+def _milliseconds(value: float | Sequence[float | None] | None, index: int | None) -> str:
     if isinstance(value, Sequence):
         value = None if index is None else value[index]
     return "" if value is None else f"{value:.3f}"
@@ -149,4 +152,4 @@ def _percent(share: float) -> str:
 
 
 def _interval(interval: Interval) -> str:
-    return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+    return f"{100 * interval[0]:.1f}–{100 * interval[1]:.1f}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from offramp.analyse.baselines import Baseline
 from offramp.analyse.intervals import Interval
 
-__all__ = ["Verdict", "verdict"]
+__all__ = ["Verdict", "verdict", "with_time"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,27 @@ def verdict(
             f"test on more of them."
         )
     return Verdict(True, text)
+
+
+def with_time(judged: Verdict, time: Mapping[str, Any]) -> Verdict:
+    """The verdict in the light of measured time: a saving that no clock sees is none.
+
+    Args:
+        judged: by estimated cost.
+        time: for each batch size, ``batch_<size>`` with ``speedup``.
+    """
+    speeds = {k.removeprefix("batch_"): v["speedup"] for k, v in time.items() if k[:6] == "batch_"}
+    slower = [size for size, speed in speeds.items() if speed <= 1]
+    if not judged.worth_it or not slower:
+        return judged
+    told = ", ".join(f"{speeds[size]:.2f} times as fast at batch {size}" for size in slower)
+    if len(slower) < len(speeds):
+        return Verdict(True, f"{judged.text} But not at every batch size: measured {told}.")
+    return Verdict(
+        False,
+        f"Do not bother on this machine: the estimate is a saving, but measured it is {told}. "
+        f"({judged.text})",
+    )
 
 
 def _as_well(cost: float, truncations: Sequence[Baseline]) -> Baseline | None:

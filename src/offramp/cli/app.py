@@ -12,11 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
+from offramp.analyse.table import WIDTH
 from offramp.errors import OfframpError
 
 __all__ = ["app", "main"]
-
-WIDTH = 120  # of tables where the terminal is narrower, or is none
 
 app = typer.Typer(
     name="offramp",
@@ -56,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("runs/demo"),
     seed: Seed = 0,
-    quick: Annotated[bool, typer.Option(help="Seconds instead of a minute; proves nothing.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Seconds instead of a minute; proves nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train, calibrate, run and measure an early-exit network on handwritten digits."""
@@ -109,9 +110,9 @@ def fit(
     out: Annotated[Path, typer.Option(help="Folder for the trained model.")],
     shape: Shape = None,
     exits: Exits = "3",
-    scheme: Annotated[str, typer.Option(help="How the exits learn: joint, layerwise, heads, ...")] = (
-        "joint"
-    ),
+    scheme: Annotated[
+        str, typer.Option(help="How the exits learn: joint, layerwise, heads, ...")
+    ] = ("joint"),
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 10,
     rate: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
     seed: Seed = 0,
@@ -217,19 +218,16 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Show what a policy does on a trace: accuracy, cost, intervals, baselines, the verdict."""
+    from offramp.analyse.plot import picture
     from offramp.analyse.report import evaluate as judge
     from offramp.decide.policy import Policy
     from offramp.decide.trace import Trace
 
     report = judge(Trace.load(trace), Policy.load(policy), tolerance=tolerance, seed=seed)
     if html is not None:
-        part = html.with_name(f".{html.name}")
-        part.write_text(report.to_html(), "utf-8")
-        os.replace(part, html)
+        _write(html, report.to_html().encode())
     if plot is not None:
-        part = plot.with_name(f".{plot.name}")
-        report.plot().figure.savefig(part)
-        os.replace(part, plot)
+        _write(plot, picture(report, plot.suffix.removeprefix(".") or "png"))
     _show(report.to_dict(), report, as_json)
 
 
@@ -239,9 +237,16 @@ def _show(facts: dict[str, Any], shown: RenderableType, as_json: bool) -> None:
         sys.stdout.write(json.dumps(facts, indent=2, allow_nan=False) + "\n")
         return
     console = Console()
-    if console.width < WIDTH:
+    if console.width < WIDTH:  # a table that is cut off says less than one that is wrapped
         console = Console(width=WIDTH)
     console.print(shown, highlight=False, markup=False)
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(content)
+    os.replace(part, path)
 
 
 def _exits(text: str) -> int | list[int | float | str]:

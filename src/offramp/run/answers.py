@@ -42,6 +42,7 @@ class Answer:
         self.entered: list[int] = []
 
     def add(self, exit: int, rows: np.ndarray, logits: Array, score: Array) -> None:
+        """The answers (R, C) and scores (R,) with which the samples ``rows`` (R,) leave."""
         self.exit[rows] = exit
         if len(rows) == self.samples:  # all at once: nothing to put together
             self.logits, self.score = logits, score
@@ -54,7 +55,7 @@ class Answer:
         if isinstance(like, np.ndarray):
             score = self.engine.host(self.score)
             return Result(logits.argmax(-1), logits, self.exit, score)
-        tensor = torch.as_tensor(self.logits).to(like.device)
-        score = torch.as_tensor(self.score).to(like.device)
-        taken = torch.from_numpy(self.exit).to(like.device)
-        return Result(tensor.argmax(-1), tensor, taken, score)
+        answer, scores, taken = (
+            torch.as_tensor(value).to(like.device) for value in (self.logits, self.score, self.exit)
+        )
+        return Result(answer.argmax(-1), answer, taken, scores)

@@ -76,6 +76,7 @@ class Deciding(nn.Module):
         return Deciding(stage, self.live, self.exit, self.criterion).eval()
 
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """From the live values and the criterion's state to the step's outputs."""
         raw, *made = self.stage(*values[: self.live])
         logits, score, state = self.criterion(raw, tuple(values[self.live :]), self.exit)
         own = (raw,) if self.criterion.combines else ()

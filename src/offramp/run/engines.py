@@ -61,7 +61,7 @@ class Engine(ABC):
     def host(self, value: Array) -> np.ndarray:
         """The value as a numpy array; the one point of synchronisation with a device."""
 
-    def wait(self, value: Array) -> None:
+    def wait(self, value: Array) -> None:  # noqa: B027 - most engines compute at once
         """Return once ``value`` has been computed; only a device needs to wait."""
 
     @abstractmethod
@@ -102,6 +102,7 @@ class Torch(_TorchArrays):
     exact = True
 
     def load(self, steps: Sequence[Step]) -> list[StepCall]:
+        """As in :class:`Engine`."""
         self.device = steps[0].example[0].device
         return [self._call(step) for step in steps]
 
@@ -123,6 +124,7 @@ class Inductor(_TorchArrays):
     name = "inductor"
 
     def load(self, steps: Sequence[Step]) -> list[StepCall]:
+        """As in :class:`Engine`."""
         self.device = steps[0].example[0].device
         return [self._call(step) for step in steps]
 
@@ -170,6 +172,7 @@ class OnnxEngine(_NumpyArrays):
         """A function over arrays, in the order of the model's inputs and outputs."""
 
     def load(self, steps: Sequence[Step]) -> list[StepCall]:
+        """As in :class:`Engine`."""
         from offramp.run.onnx import convert, split
 
         return [self.session(m.SerializeToString()) for m in split(convert(steps), steps)]
@@ -189,6 +192,7 @@ class OnnxRuntime(OnnxEngine):
         self.threads = threads or len(os.sched_getaffinity(0))
 
     def session(self, model: bytes) -> StepCall:
+        """As in :class:`OnnxEngine`."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -224,6 +228,7 @@ class OpenVINO(OnnxEngine):
         self.threads = threads or len(os.sched_getaffinity(0))
 
     def session(self, model: bytes) -> StepCall:
+        """As in :class:`OnnxEngine`."""
         import openvino
 
         core = openvino.Core()

@@ -66,6 +66,6 @@ def explain_not_finite(logits: np.ndarray, given: Sequence[Any]) -> None:
     ]
     what = "the input has NaN or infinite values" if at_fault else "the model overflows on them"
     raise DataError(
-        f"The logits of row {int(bad[0])} ({len(bad)} of {len(logits)} rows) are not finite: {what}. "
-        "Leave these rows out, or mend them."
+        f"The logits of row {int(bad[0])} ({len(bad)} of {len(logits)} rows) are not finite: "
+        f"{what}. Leave these rows out, or mend them."
     )

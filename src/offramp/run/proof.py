@@ -1,9 +1,10 @@
 """What was cut or exported reproduces the model: shown before anything else is run.
 
-Two claims are checked of stages, on the example. With nobody leaving, every exit's logits are those of the whole model: the
-same bits on an engine that computes with torch's own operators, within a tolerance on another. With
-rows leaving at every exit, each row's logits are those that it gets alone. A file is compared with the
-model on variations of the example, in batches of several sizes, with all, none and some leaving.
+Two claims are checked of stages, on the example. With nobody leaving, every exit's logits are those
+of the whole model: the same bits on an engine that computes with torch's own operators, within a
+tolerance on another. With rows leaving at every exit, each row's logits are those that it gets
+alone. A file is compared with the model on variations of the example, in batches of several sizes,
+with all, none and some leaving.
 """
 
 from __future__ import annotations

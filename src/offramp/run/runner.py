@@ -277,7 +277,8 @@ class Runner:
             values.update(zip(link.outputs, outputs, strict=True))
             answer.entered.append(int(waiting.sum()))
             last = position == len(self._links) - 1
-            gone = waiting if last else waiting & leaving(position, values)
+            told = leaving(position, values)
+            gone = waiting if last else waiting & told
             if gone.all():
                 answer.add(link.exit, rows, values["logits"], values["score"])
                 break

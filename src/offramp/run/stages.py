@@ -20,7 +20,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import sympy
@@ -295,8 +295,8 @@ class _Cutter:
                 if isinstance(expression, sympy.Symbol):
                     return expression
         raise StageError(
-            "torch.export fixed the batch size of this model to that of the example: some operation "
-            "works for that size only. Look for a reshape with a constant in place of the batch."
+            "torch.export fixed the batch size of this model to that of the example: some "
+            "operation works for that size only. Look for a reshape with a constant in place of the batch."
         )
 
     def _varying(self) -> set[fx.Node]:
@@ -408,8 +408,8 @@ class _Cutter:
                 return RowAxis(dims[0], int(ratio))
         raise StageError(
             f"The value {node.name!r} of {_module_of(node)} crosses an exit with the shape "
-            f"{tuple(str(s) for s in shape)}, in which the batch ({self.batch}) is not one dimension "
-            "or a multiple of it, so rows cannot leave there. Place the exit elsewhere."
+            f"{tuple(str(s) for s in shape)}, in which the batch ({self.batch}) is not one "
+            "dimension or a multiple of it, so rows cannot leave there. Place the exit elsewhere."
         )
 
 
@@ -521,8 +521,8 @@ class _StageBuilder:
                 return made.node if isinstance(made, fx.Proxy) else made
         raise StageError(
             f"The size {node.name!r} of {_module_of(node)} depends on the values of a tensor "
-            f"({value}), not on the batch size alone, so the stages after an exit cannot compute it "
-            "anew. Remove the data-dependent shape, or place the exits after it."
+            f"({value}), not on the batch size alone, so the stages after an exit cannot compute "
+            "it anew. Remove the data-dependent shape, or place the exits after it."
         )
 
 
@@ -531,9 +531,10 @@ def _settle_sizes(copy: fx.Node, node: fx.Node) -> None:
     if node.target not in (torch.ops.aten.view.default, torch.ops.aten.reshape.default):
         return
     shape = node.meta["val"].shape
+    open_sizes = cast("list[Any]", copy.args[1])
     sizes = [
         known if wanted == -1 and isinstance(known, int) else wanted
-        for wanted, known in zip(copy.args[1], shape, strict=True)
+        for wanted, known in zip(open_sizes, shape, strict=True)
     ]
     copy.args = (copy.args[0], sizes)
 

@@ -220,7 +220,8 @@ def load_optimizer_state(
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
     for name, value in {**tensors, **plain["numbers"]}.items():
         owner, key = name.rsplit("/", 1)
-        optimizer.state[parameters[owner]][key] = value
+        kept = value.clone() if isinstance(value, Tensor) else value
+        optimizer.state[parameters[owner]][key] = kept
 
 
 def refuse_broken(model: nn.Module) -> None:

@@ -48,10 +48,14 @@ def distinct(*hashes: Tensor) -> Tensor:
     return torch.from_numpy(np.unique(torch.cat(hashes).numpy()))
 
 
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def preserved_randomness() -> Iterator[None]:
     """Leave the global generators of torch, numpy and Python as they were."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    devices = range(torch.cuda.device_count()) if _cuda_in_use() else []
     numpy_state, python_state = np.random.get_state(), random.getstate()
     try:
         with torch.random.fork_rng(devices):
@@ -180,7 +184,7 @@ class Census:
     """
 
     def __init__(self, validation: Tensor | None = None) -> None:
-        self._validation = None if validation is None else np.unique(validation.numpy())
+        self._validation = np.unique(validation.numpy()) if validation is not None else np.empty(0)
         self._shared: set[int] = set()
         self._hashes: list[Tensor] = []
         self._classes: set[int] = set()
@@ -203,7 +207,7 @@ class Census:
         Raises:
             DataError: there are too many.
         """
-        if self._validation is None or not len(self._validation):
+        if not len(self._validation):
             return
         self._shared.update(np.intersect1d(hashes.numpy(), self._validation).tolist())
         if len(self._shared) > SHARED_LIMIT * len(self._validation):
@@ -224,7 +228,7 @@ class Census:
             )
         if self._shared:
             warnings.warn(
-                f"{len(self._shared)} of the {len(self._validation or ())} validation samples are "
+                f"{len(self._shared)} of the {len(self._validation)} validation samples are "
                 "also in the training data.",
                 stacklevel=2,
             )

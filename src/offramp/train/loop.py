@@ -160,6 +160,8 @@ class Session:
             load_optimizer_state(optimizer, names, tensors, self.pending.optimizer)
             if weigher is not None:
                 weigher.load_state_dict(self.pending.part(_WEIGHER))
+        if not self.position.step:  # all is put back; a later phase must not see it again
+            self.pending = None
         return weigher, optimizer
 
     def _save(self, module: PhaseModule) -> None:

@@ -100,7 +100,7 @@ def cross_entropy(
     """Weighted sum of the exits' cross entropies.
 
     ``L = sum_k w_k * CE(logits_k, y)``: the joint loss of BranchyNet (Teerapittayanon et al.,
-    ICPR 2016, section III-B).
+    ICPR 2016).
 
     Args:
         outputs: ``E`` tensors ``(B, C)``.
@@ -141,8 +141,8 @@ def distillation(
     """Divergence of each exit from the network's own best answer.
 
     ``T^2 * KL(softmax(t / T) || softmax(z_k / T))``: distillation between the exits of one network
-    (Phuong and Lampert, "Distillation-based training for multi-exit architectures", ICCV 2019,
-    eq. 4). The teacher gets no gradient.
+    (Phuong and Lampert, "Distillation-based training for multi-exit architectures", ICCV 2019).
+    The teacher gets no gradient.
 
     Args:
         outputs: ``E`` tensors ``(B, C)``.
@@ -173,8 +173,8 @@ def distillation(
 def boosted(outputs: Sequence[Tensor]) -> list[Tensor]:
     """Running sums of the exits' logits, each exit correcting the ones before.
 
-    ``F_k = z_k + stop_gradient(F_{k-1})``: Boosted Dynamic Neural Networks (Yu et al., AAAI 2023,
-    eq. 3). What is trained so must be decided on the same running sums.
+    ``F_k = z_k + stop_gradient(F_{k-1})``: Boosted Dynamic Neural Networks (Yu et al., AAAI 2023).
+    What is trained so must be decided on the same running sums.
 
     Args:
         outputs: ``E`` tensors ``(B, C)``.

@@ -45,7 +45,7 @@ def cosine(done: float) -> float:
         done: part of the phase that is done, in ``[0, 1)``.
 
     Returns:
-        Factor on the learning rate, in ``(0, 1]``.
+        Factor on the learning rate, in ``[0, 1]``.
     """
     rise = min(1.0, (done + 1e-3) / _WARMUP)
     return rise * 0.5 * (1 + math.cos(math.pi * done))

@@ -78,6 +78,15 @@ class PhaseModule(pl.LightningModule):
         """Move a batch, and do nothing at all where it is already."""
         return batch if device.type == "cpu" else batch.to(device)
 
+    def on_train_start(self) -> None:
+        """Fused optimisers count their steps on the device; Lightning leaves the count behind."""
+        for group in self.optimizer.param_groups:
+            if group.get("fused") or group.get("capturable"):
+                for parameter in group["params"]:
+                    state = self.optimizer.state.get(parameter, {})
+                    if isinstance(state.get("step"), Tensor):
+                        state["step"] = state["step"].to(parameter.device)
+
     def on_train_epoch_start(self) -> None:
         """Randomness, modes, weights and sums of a new epoch, or those of an interrupted one."""
         session, position = self.session, self.session.position
@@ -192,6 +201,7 @@ class PhaseModule(pl.LightningModule):
         names = [*session.model.places, "the backbone's own"]
         exits = ", ".join(f"{k} ({names[k]})" for k in broken)
         kept = session.last_checkpoint
+        when = "step" if self.device.type == "cpu" else "at or shortly before step"
         goes_on = (
             f"The last good checkpoint is {str(kept)!r}."
             if kept
@@ -199,8 +209,8 @@ class PhaseModule(pl.LightningModule):
         )
         raise TrainingError(
             f"The loss of exit {exits} is not a number any more in phase {self.phase.name!r}, "
-            f"epoch {session.position.epoch + 1}, step {session.position.step}. {goes_on} Are all "
-            "inputs finite? If so, lower the learning rate, or clip gradients with clip=1.0."
+            f"epoch {session.position.epoch + 1}, {when} {session.position.step}. {goes_on} Are "
+            "all inputs finite? If so, lower the learning rate, or clip gradients with clip=1.0."
         )
 
 

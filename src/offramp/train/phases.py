@@ -27,7 +27,7 @@ class Phase:
         weights: how much each exit counts; see :func:`offramp.train.weights.exit_weights`.
         equilibrium: divide each stage's gradient by the number of supervised exits that it serves,
             so that early stages, which sum many gradients, move no more than late ones. (Gradient
-            equilibrium, Li et al., ICCV 2019, eq. 2: its factors telescope to this division. Adam
+            equilibrium, Li et al., ICCV 2019: its factors telescope to this division. Adam
             and its kin undo any such scale; use it with SGD.)
         turns: sets of exits that are supervised in turn, one a step, instead of all ``exits``.
         lr_scale: factor on the learning rate.

@@ -70,7 +70,7 @@ class Scheme(ABC):
 class Joint(Scheme):
     """All exits and the backbone at once, by a weighted sum of losses.
 
-    BranchyNet (Teerapittayanon et al., ICPR 2016, section III-B); with ``weights="growing"``
+    BranchyNet (Teerapittayanon et al., ICPR 2016); with ``weights="growing"``
     Shallow-Deep Networks (Kaya et al., ICML 2019); with ``weights="linear"`` PABEE (Zhou et al.,
     NeurIPS 2020).
 
@@ -164,7 +164,7 @@ class Separate(Scheme):
 class Mixed(Scheme):
     """The backbone first, then everything jointly.
 
-    "Mixed" in Kubaty et al., "How to train your multi-exit model?" (2024).
+    "Mixed" in Kubaty et al., "How to train your multi-exit model?" (2025).
 
     Attributes:
         weights: of the exits' losses in the joint phase.
@@ -190,7 +190,7 @@ class Mixed(Scheme):
 class Alternating(Scheme):
     """Steps on the backbone's own loss and steps on all exits' losses, in turn.
 
-    BERxiT (Xin et al., EACL 2021, section 3.2).
+    BERxiT (Xin et al., EACL 2021).
 
     Attributes:
         weights: of the exits' losses in the steps on all exits.

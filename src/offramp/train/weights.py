@@ -50,7 +50,7 @@ def exit_weights(
     * ``"inverse"``: ``1 / (k + 1)``, earlier exits count more;
     * ``"cost"``: the share of the backbone's cost that is spent when the exit is reached;
     * ``"growing"``: exits but the last grow evenly over the epochs from 0.01 to their ``"cost"``
-      (Shallow-Deep Networks, Kaya et al., ICML 2019, section 4.2);
+      (Shallow-Deep Networks, Kaya et al., ICML 2019);
     * ``"learned"``: 1; see :class:`LearnedWeights`, which takes over in training.
 
     Args:
@@ -94,7 +94,7 @@ class LearnedWeights(nn.Module):
     """Weights that follow from each exit's own uncertainty, learned with the network.
 
     ``L = sum_k w_k (exp(-s_k) L_k + s_k)`` with one free ``s_k`` per exit: for cross entropies,
-    Kendall et al., "Multi-task learning using uncertainty to weigh losses" (CVPR 2018, eq. 10)
+    Kendall et al., "Multi-task learning using uncertainty to weigh losses" (CVPR 2018)
     up to the constant. An exit that cannot be learned well counts less.
 
     Args:

@@ -1,0 +1,89 @@
+"""Write the tables of the documents from the results; no figure in them is typed.
+
+A document has a table where it says ``<!-- table: NAME -->`` and ``<!-- /table -->``; what stands
+between is replaced by what the function of that name makes of ``results/NAME.json``. With
+``--check``, nothing is written, and a table that differs ends the program with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+Table = Callable[[dict[str, Any]], str]
+
+
+def digits(result: dict[str, Any]) -> str:
+    """One line a seed."""
+    reports = result["reports"]
+    time, versions = reports[0]["time"], reports[0]["versions"]
+    lines = [
+        "| seed | full network, accuracy (95 % interval) | early exits | cost | faster, batch 1 "
+        "| faster, batch 64 | same as replay |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        times = report["time"]
+        lines.append(
+            f"| {report['seed']} | {_scored(report['full'])} | {_scored(report['early'])} "
+            f"| {report['cost_ratio']:.2f} | {times['batch_1']['speedup']:.2f}× "
+            f"| {times['batch_64']['speedup']:.2f}× | {100 * report['agreement']:.1f} % |"
+        )
+    settings = reports[0]["settings"]
+    lines.append(
+        f"\nHandwritten digits as 1×32×32 images, {reports[0]['samples']} test samples; residual "
+        f"network of {settings['depth']} layers, three exits trained jointly for "
+        f"{settings['epochs']} epochs; {time['engine']} {versions['onnxruntime']}, "
+        f"{time['threads']} threads, torch {versions['torch']}."
+    )
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Table] = {"digits": digits}
+
+
+def _scored(scored: dict[str, Any]) -> str:
+    low, high = scored["interval"]
+    return f"{100 * scored['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def filled(text: str) -> str:
+    """The document with its tables as the results have them."""
+
+    def put(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        source = RESULTS / f"{name}.json"
+        if not source.exists():
+            return begin + end
+        return f"{begin}\n{TABLES[name](json.loads(source.read_text('utf-8')))}\n\n{end}"
+
+    return MARKED.sub(put, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only say what differs")
+    check = parser.parse_args().check
+    stale = []
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = document.read_text("utf-8")
+        wanted = filled(text)
+        if wanted != text:
+            stale.append(document.name)
+            if not check:
+                document.write_text(wanted, "utf-8")
+    if check and stale:
+        sys.exit(f"tables that are not those of the results: {', '.join(stale)}; run `make docs`")
+
+
+if __name__ == "__main__":
+    main()

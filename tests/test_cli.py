@@ -1,0 +1,261 @@
+"""The commands, called as a user calls them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, TensorDataset
+
+from offramp.analyse.report import Report
+from offramp.cli import main
+from offramp.cli.app import _exits
+from offramp.cli.factories import backbone_of
+from offramp.cli.saved import load_model
+from offramp.decide.policy import Policy
+from offramp.decide.trace import Trace
+from offramp.demo import QUICK, digits
+from offramp.demo import run as run_demo
+from offramp.errors import ArtifactError, DataError
+from tests.networks import example_of, make
+
+HERE = "tests.test_cli"
+
+
+def network():
+    return make("mlp"), example_of("mlp")
+
+
+def bare():
+    return make("mlp")
+
+
+def _loader(seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(160, 12, generator=generator)
+    labels = (inputs[:, 0] > 0).long() + 2 * (inputs[:, 1] > 0).long()
+    return DataLoader(TensorDataset(inputs, labels), batch_size=32)
+
+
+def train():
+    return _loader(1)
+
+
+def calibration():
+    return _loader(2)
+
+
+def test():
+    return _loader(3)
+
+
+def not_a_network():
+    return 3
+
+
+def call(capsys, *arguments):
+    """Run a command; what it printed as JSON."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in (*arguments, "--json")])
+    assert ended.value.code == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def refused(capsys, *arguments):
+    """Run a command that fails; its message."""
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    assert ended.value.code == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    return " ".join(printed.err.split())
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    with pytest.raises(SystemExit) as ended:
+        main(
+            ["fit", f"{HERE}:network", "--data", f"{HERE}:train", "--out", str(folder)]
+            + ["--exits", "2", "--epochs", "4", "--lr", "0.01", "--json"]
+        )
+    assert ended.value.code == 0
+    return folder
+
+
+def test_from_fit_to_evaluate(fitted, tmp_path, capsys):
+    traces = {}
+    for name in ("calibration", "test"):
+        traces[name] = tmp_path / f"{name}.safetensors"
+        loader = f"{HERE}:{name}"
+        said = call(capsys, "record", fitted, "--data", loader, "--out", traces[name])
+        assert said["samples"] == 160
+        assert said["fingerprint"] == Trace.load(traces[name]).fingerprint
+    policy = tmp_path / "policy.json"
+    said = call(
+        capsys, "calibrate", traces["calibration"], "--max-accuracy-drop", 0.02, "--out", policy
+    )
+    assert said == Policy.load(policy).to_json()
+    html, plot = tmp_path / "r.html", tmp_path / "r.png"
+    report = call(capsys, "evaluate", traces["test"], policy, "--html", html, "--plot", plot)
+    assert set(report) >= {"full", "early", "exits", "cost_ratio", "verdict"}
+    assert html.read_text().startswith("<!doctype html>")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(traces["test"]), str(policy)])
+    assert report["verdict"].split(":")[0] in capsys.readouterr().out
+
+
+def test_a_saved_model_comes_back(fitted):
+    model, example = load_model(fitted)
+    again, _ = load_model(fitted)
+    assert len(model.training_fingerprints) == 160
+    assert not model.training
+    for one, other in zip(model(example).logits, again(example).logits, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(model.backbone.fc.weight, make("mlp").fc.weight)
+
+
+def test_recording_the_training_data_is_found_out(fitted, tmp_path, capsys):
+    trace = tmp_path / "t.safetensors"
+    said = call(capsys, "record", fitted, "--data", f"{HERE}:train", "--out", trace)
+    assert said["source"] == "training"
+    assert "training" in refused(capsys, "calibrate", trace, "--max-accuracy-drop", 0.1)
+
+
+def test_inspect_shows_cost_candidates_and_exits(capsys):
+    said = call(capsys, "inspect", f"{HERE}:network", "--exits", "3")
+    assert said["total"] == 12 * 32 + 4 * 32 * 32 + 32 * 4
+    assert [row["place"] for row in said["exits"]][-1] == "backbone"
+    assert sum(call_["exit"] is not None for call_ in said["calls"]) == 3
+    assert sum(row["stage_macs"] for row in said["exits"]) == said["total"]
+    with pytest.raises(SystemExit):
+        main(["inspect", f"{HERE}:network"])
+    shown = capsys.readouterr().out
+    assert "exit 1 (for 50 %)" in shown
+    assert "candidate" in shown
+
+
+def test_inspect_by_places(capsys):
+    said = call(capsys, "inspect", f"{HERE}:bare", "--shape", "12", "--exits", "blocks.1,blocks.3")
+    assert [row["place"] for row in said["exits"]] == ["blocks.1", "blocks.3", "backbone"]
+
+
+@pytest.mark.parametrize(
+    ("text", "exits"),
+    [("3", 3), ("0.25,0.5", [0.25, 0.5]), ("-3,-1", [-3, -1]), ("a.1, b", ["a.1", "b"])],
+)
+def test_exits_as_words(text, exits):
+    assert _exits(text) == exits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("nocolon",), "not of the form module:factory"),
+        (("no_such_module:f",), "No module named 'no_such_module'"),
+        ((f"{HERE}:netwrk",), "Did you mean 'network'?"),
+        ((f"{HERE}:not_a_network",), "made a int. Expected a torch.nn.Module"),
+        ((f"{HERE}:bare",), "give the shape of one sample: --shape 3x32x32"),
+        ((f"{HERE}:bare", "--shape", "3,32"), "--shape '3,32' is not of the form 3x32x32"),
+        ((f"{HERE}:network", "--exits", "blocks.11"), "blocks.1"),
+    ],
+)
+def test_bad_words_are_one_message(capsys, arguments, text):
+    message = refused(capsys, "inspect", *arguments)
+    assert message.startswith("error: ")
+    assert text in message
+
+
+def test_a_foreign_folder(tmp_path):
+    with pytest.raises(ArtifactError, match="does not hold a model"):
+        load_model(tmp_path)
+    (tmp_path / "model.json").write_text("[]")
+    with pytest.raises(ArtifactError, match="does not hold a model"):
+        load_model(tmp_path)
+
+
+def test_a_damaged_model(fitted, tmp_path):
+    (tmp_path / "model.json").write_bytes((fitted / "model.json").read_bytes())
+    whole = (fitted / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ArtifactError, match="does not hold a model"):
+        load_model(tmp_path)
+
+
+def test_a_network_that_is_no_longer_the_same(fitted, tmp_path):
+    about = json.loads((fitted / "model.json").read_text())
+    about["network"] = "tests.networks:MLP"
+    about["shape"] = "12"
+    tensors = (fitted / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(tensors)
+    (tmp_path / "model.json").write_text(json.dumps(about))
+    assert load_model(tmp_path)[0].num_exits == 3  # the same class, so it fits
+    about["places"] = about["places"][:1]
+    (tmp_path / "model.json").write_text(json.dumps(about))
+    with pytest.raises(ArtifactError, match="no longer makes the network"):
+        load_model(tmp_path)
+
+
+def test_a_trace_that_is_missing(capsys, tmp_path):
+    message = refused(capsys, "evaluate", tmp_path / "no", tmp_path / "no.json")
+    assert "There is no trace at" in message
+
+
+def test_a_network_without_example_is_refused():
+    with pytest.raises(DataError, match="gave no example"):
+        backbone_of(f"{HERE}:bare")
+
+
+def test_digits_are_disjoint_and_repeat_by_seed():
+    data = digits(seed=3)
+    sizes = [len(part) for part in (data.train, data.calibration, data.test)]
+    assert sizes == [897, 400, 500]
+    images = torch.cat([p.tensors[0] for p in (data.train, data.calibration, data.test)])
+    assert images.shape == (1797, 1, 32, 32)
+    assert len(images.flatten(1).unique(dim=0)) == 1797
+    assert abs(float(data.train.tensors[0].mean())) < 1e-5
+    assert torch.equal(digits(seed=3).test.tensors[0], data.test.tensors[0])
+    assert not torch.equal(digits(seed=4).test.tensors[1], data.test.tensors[1])
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> tuple[object, Report, list[str]]:
+    out = tmp_path_factory.mktemp("demo")
+    said: list[str] = []
+    report = run_demo(out, settings=QUICK, progress=False, say=said.append)
+    return out, report, said
+
+
+def test_the_demo_writes_all_it_promises(demo):
+    out, report, said = demo
+    data = json.loads((out / "report.json").read_text())
+    assert data == report.to_dict()
+    for name in ("full", "early"):
+        assert set(data[name]) >= {"accuracy", "interval"}
+    for row in data["exits"]:
+        assert set(row) >= {"place", "cost", "share", "accuracy", "accuracy_taken"}
+    assert data["agreement"] == 1.0
+    assert data["time"]["engine"] == "onnxruntime"
+    for batch in ("batch_1", "batch_64"):
+        assert set(data["time"][batch]) >= {"full_ms", "early_ms", "speedup"}
+        assert len(data["time"][batch]["exits_ms"]) == 3
+    assert set(data["overthinking"]) >= {"destructive", "rescued", "oracle_accuracy"}
+    assert set(data) >= {"cost_ratio", "verdict", "versions", "seed"}
+    assert (out / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert Policy.load(out / "policy.json").provenance
+    assert Trace.load(out / "trace.safetensors").num_samples == 500
+    assert Trace.load(out / "calibration.safetensors").num_samples == 400
+    assert "backbone.conv1.weight" in load_file(out / "model.safetensors")
+    assert (out / "report.html").stat().st_size > 10_000
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    assert any("training" in line for line in said)
+
+
+def test_the_demo_shows_time_beside_cost(demo):
+    _, report, _ = demo
+    assert "ms, batch 1" in str(report)
+    assert "ms, batch 64" in str(report)
