@@ -571,6 +571,7 @@ def test_labels_that_are_not_one_per_row() -> None:
 
 def test_control_c_comes_through() -> None:
     model = model_of()
+    handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         quick(model, Breaking(loader_of(), 3, KeyboardInterrupt()), epochs=1)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler

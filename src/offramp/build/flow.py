@@ -146,6 +146,12 @@ class FlowRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing is compiled while recording, and asking the compiler to keep out would import it:
+        # seconds, for a pass of milliseconds.
+        return False
+
     def __init__(self, parameters: Iterable[tuple[str, Tensor]] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []

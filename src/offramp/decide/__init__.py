@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from offramp.decide.calibrate import calibrate, frontier
 from offramp.decide.criteria import Confidence, Criterion, Entropy, Margin, Patience, criterion
 from offramp.decide.policy import Decisions, Policy, replay
 from offramp.decide.record import record
@@ -16,7 +17,9 @@ __all__ = [
     "Patience",
     "Policy",
     "Trace",
+    "calibrate",
     "criterion",
+    "frontier",
     "record",
     "replay",
 ]

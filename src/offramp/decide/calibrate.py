@@ -1,0 +1,257 @@
+"""Thresholds for a goal, from a trace of samples that training never saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offramp.decide import gains as worth
+from offramp.decide.criteria import Criterion
+from offramp.decide.criteria import criterion as named
+from offramp.decide.goals import Goal, Times, resolve, timed
+from offramp.decide.methods.families import FAMILIES, Family
+from offramp.decide.methods.search import Search
+from offramp.decide.methods.turn import turn
+from offramp.decide.policy import Policy
+from offramp.decide.provenance import provenance
+from offramp.decide.scored import Scored, measure, score
+from offramp.decide.trace import Trace
+from offramp.errors import Infeasible, PolicyError, TraceError, unknown_name
+
+__all__ = ["METHODS", "Point", "calibrate", "frontier"]
+
+METHODS = ("search", *FAMILIES)
+
+Rule = str | Criterion
+Solver = Callable[[float], Tensor]  # from a budget to thresholds
+
+HALVINGS = 7  # of the budget, in the search for the cheapest thresholds that are good enough
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a frontier.
+
+    Attributes:
+        policy: the thresholds.
+        cost_ratio: mean cost, heads included, over that of the backbone.
+        accuracy: share of the samples answered right; without labels, as the full network does.
+    """
+
+    policy: Policy
+    cost_ratio: float
+    accuracy: float
+
+
+def calibrate(
+    trace: Trace,
+    criterion: Rule = "confidence",
+    *,
+    max_cost: float | None = None,
+    max_accuracy_drop: float | None = None,
+    min_accuracy: float | None = None,
+    min_agreement: float | None = None,
+    max_latency: float | None = None,
+    times: Times | None = None,
+    method: str = "search",
+    seed: int = 0,
+) -> Policy:
+    """The thresholds that serve a goal best on a trace.
+
+    With a goal about cost, the most accurate thresholds within it (the most agreeing, where the
+    trace has no labels); with one about accuracy or agreement, the cheapest that meet it.
+
+    Args:
+        trace: of samples that training never saw.
+        criterion: a name or an instance.
+        max_cost: mean cost with all heads that run, as a share of the full backbone's.
+        max_accuracy_drop: accuracy that may be lost against the full network, as a share.
+        min_accuracy: as a share.
+        min_agreement: share of the answers that must be the full network's.
+        max_latency: mean milliseconds, by the measured ``times``.
+        times: milliseconds of the stages and of the heads.
+        method: ``"search"``, or one of the baselines ``"shared"``, ``"geometric"``, ``"greedy"``,
+            ``"per-exit accuracy"``, ``"quantile"``.
+        seed: of the random parts of the samples that the search averages over.
+
+    Returns:
+        The policy, which says in its provenance where it comes from and what it achieved there.
+
+    Raises:
+        Infeasible: no thresholds meet the goal; carries the best that can.
+        TraceError: the trace is of training data, or lacks the labels that the goal needs.
+        PolicyError: an unknown criterion or method, or not exactly one goal.
+    """
+    rule = _rule(trace, criterion)
+    given = {
+        "max_cost": max_cost,
+        "max_accuracy_drop": max_accuracy_drop,
+        "min_accuracy": min_accuracy,
+        "min_agreement": min_agreement,
+        "max_latency": max_latency,
+    }
+    goal = resolve(trace, given)
+    if goal.name == "max_latency":
+        trace = timed(trace, times)
+    task = _Task(trace, rule, method, goal.bounds, seed)
+    thresholds = _within(task, goal) if goal.bounds == "cost" else _good_enough(task, goal)
+    return task.policy(thresholds, goal)
+
+
+def frontier(
+    trace: Trace,
+    criterion: Rule = "confidence",
+    *,
+    method: str = "search",
+    points: int = 15,
+    seed: int = 0,
+) -> list[Point]:
+    """The best accuracy at each cost, from the cheapest thresholds to the full network.
+
+    Args:
+        trace: of samples that training never saw.
+        criterion: a name or an instance.
+        method: as for :func:`calibrate`.
+        points: how many budgets, evenly spread.
+        seed: as for :func:`calibrate`.
+
+    Returns:
+        Points of rising cost; those that a cheaper one beats are left out.
+    """
+    rule = _rule(trace, criterion)
+    if points < 2:
+        raise PolicyError(f"A frontier has at least 2 points, got points={points}.")
+    task = _Task(trace, rule, method, "cost", seed)
+    low, high = task.reach()
+    found: list[Point] = []
+    for step in range(points):
+        budget = low + (high - low) * step / (points - 1)
+        thresholds = task.solve(budget)
+        goal = Goal("max_cost", budget, "cost", f"a mean cost of at most {budget:.4g}")
+        cost, gain = measure(task.scored, thresholds, task.right)
+        if not found or (cost > found[-1].cost_ratio and gain > found[-1].accuracy):
+            found.append(Point(task.policy(thresholds, goal), cost, gain))
+    return found
+
+
+class _Task:
+    """A trace scored for one criterion, and the method that chooses thresholds on it."""
+
+    def __init__(self, trace: Trace, rule: Criterion, method: str, about: str, seed: int) -> None:
+        if method not in METHODS:
+            raise PolicyError(unknown_name("method", method, METHODS))
+        self.trace, self.rule, self.method, self.seed = trace, rule, method, seed
+        self.scored: Scored = score(trace, rule)
+        labelled = trace.labels is not None and about != "agreement"
+        self.right = (
+            worth.correctness(trace, self.scored) if labelled else worth.agreement(self.scored)
+        )
+        full = trace.logits[-1].argmax(dim=1)
+        if not labelled:
+            # Of the backbone itself, also where the criterion's last answer is an ensemble's.
+            self.right = (self.scored.predictions == full).float()
+        self.full = 1.0 if not labelled else float((full == trace.labels).double().mean())
+        self.labelled = labelled
+        self.solve = self._solver()
+
+    def _solver(self) -> Solver:
+        if self.scored.num_exits == 1:
+            return lambda budget: torch.empty(0)
+        if self.method == "search":
+            smooth = worth.smoothed(self.trace, self.scored) if self.labelled else self.right
+            return Search(self.scored, smooth, self.seed).at
+        family: Family = FAMILIES[self.method](self.scored, self.right)
+        return lambda budget: turn(self.scored, family, budget)
+
+    def reach(self) -> tuple[float, float]:
+        """The least cost that thresholds can have, and that of never leaving early."""
+        least = self.scored.cost(self.cheapest())
+        return least, self.scored.cost(self.off())
+
+    def cheapest(self) -> Tensor:
+        """Everyone leaves at the first exit, or at the end where that is no dearer."""
+        aux = self.scored.num_exits - 1
+        options = [self.off()]
+        for k in range(aux):
+            options.append(torch.full((aux,), torch.inf))
+            options[-1][k] = -torch.inf
+        return min(options, key=self.scored.cost)
+
+    def off(self) -> Tensor:
+        """Nobody leaves early."""
+        return torch.full((self.scored.num_exits - 1,), torch.inf)
+
+    def policy(self, thresholds: Tensor, goal: Goal) -> Policy:
+        """The policy of these thresholds, with its provenance."""
+        about: dict[str, Any] = provenance(
+            self.trace, self.scored, thresholds, self.right, self.labelled
+        )
+        about["method"] = self.method
+        about["target"] = {goal.name: goal.value}
+        kind = "accuracy" if self.labelled else "agreement"
+        achieved = about["achieved"]
+        about["summary"] = (
+            f"chosen by {self.method} on {self.trace.num_samples} samples "
+            f"({self.trace.source}) for {goal.words}; there {kind} is {achieved[kind]:.4f} "
+            f"at {achieved['cost_ratio']:.3f} of the full cost, and nothing is promised beyond"
+        )
+        return Policy(self.rule, thresholds.tolist(), about)
+
+
+def _rule(trace: Trace, rule: Rule) -> Criterion:
+    """The criterion, on a trace that may be calibrated on."""
+    if trace.source == "training":
+        raise TraceError(
+            "This trace was recorded from data that the model was trained on: its exits are surer "
+            "and righter there than they will ever be again. Record held-out samples instead."
+        )
+    return named(rule)
+
+
+def _within(task: _Task, goal: Goal) -> Tensor:
+    """The best thresholds within a cost."""
+    scale = task.trace.full_cost if goal.name == "max_latency" else 1.0
+    unit = " ms" if goal.name == "max_latency" else " of the full cost"
+    budget = goal.value / scale
+    least, full = task.reach()
+    if budget < least:
+        best = task.policy(task.cheapest(), goal)
+        raise Infeasible(
+            f"No thresholds have {goal.words}: the cheapest, everyone leaving at the first exit, "
+            f"cost {least * scale:.4g}{unit}. Add an earlier exit, or ask for no less than that.",
+            best,
+        )
+    found = task.solve(min(budget, max(full, least)))
+    return found if task.scored.cost(found) <= budget else task.cheapest()
+
+
+def _good_enough(task: _Task, goal: Goal) -> Tensor:
+    """The cheapest thresholds that meet a goal of accuracy or agreement."""
+    floor = goal.floor(task.full) - 1e-9
+    low, high = task.reach()
+    found = task.off()
+    best = measure(task.scored, found, task.right)
+    for attempt in range(HALVINGS + 1):
+        budget = (low + high) / 2 if attempt else high
+        tried = task.solve(budget)
+        cost, gain = measure(task.scored, tried, task.right)
+        if gain >= floor:
+            high = min(budget, cost)
+            if best[1] < floor or cost < best[0]:
+                found, best = tried, (cost, gain)
+        else:
+            low = budget
+            if best[1] < floor and gain > best[1]:
+                found, best = tried, (cost, gain)
+    if best[1] < floor:
+        kind = "agreement" if goal.bounds == "agreement" else "accuracy"
+        raise Infeasible(
+            f"No thresholds reach {goal.words} on these samples: the best found has {kind} "
+            f"{best[1]:.4f}, and {floor:.4f} is wanted. Train better exits, or ask for less.",
+            task.policy(found, goal),
+        )
+    return found

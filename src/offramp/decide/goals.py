@@ -1,0 +1,97 @@
+"""What thresholds are asked for: one figure, and what it is a figure of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from offramp.decide.trace import Trace
+from offramp.errors import PolicyError, TraceError
+
+__all__ = ["Goal", "Times", "resolve", "timed"]
+
+Times = tuple[Sequence[float], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One goal.
+
+    Attributes:
+        name: the argument of ``calibrate`` that it came from.
+        value: as given.
+        bounds: ``"cost"``, ``"accuracy"`` or ``"agreement"``: what the figure is about.
+        words: the goal in words, for errors and provenance.
+    """
+
+    name: str
+    value: float
+    bounds: str
+    words: str
+
+    def floor(self, full_accuracy: float) -> float:
+        """The accuracy or agreement that is wanted at least.
+
+        Args:
+            full_accuracy: of the full network on the calibration samples.
+        """
+        return full_accuracy - self.value if self.name == "max_accuracy_drop" else self.value
+
+
+_BOUNDS = {
+    "max_cost": ("cost", "a mean cost of at most {} of the full network's"),
+    "max_latency": ("cost", "a mean latency of at most {} ms"),
+    "max_accuracy_drop": ("accuracy", "an accuracy at most {} below the full network's"),
+    "min_accuracy": ("accuracy", "an accuracy of at least {}"),
+    "min_agreement": ("agreement", "agreement with the full network of at least {}"),
+}
+
+
+def resolve(trace: Trace, given: dict[str, float | None]) -> Goal:
+    """The one goal that was given.
+
+    Raises:
+        PolicyError: none or several, or a figure out of range.
+        TraceError: a goal about accuracy, and no labels.
+    """
+    named = {name: value for name, value in given.items() if value is not None}
+    if len(named) != 1:
+        came = ", ".join(sorted(named)) or "none"
+        raise PolicyError(f"calibrate needs exactly one goal of {', '.join(_BOUNDS)}; got {came}.")
+    ((name, value),) = named.items()
+    bounds, words = _BOUNDS[name]
+    number = float(value)
+    low = -1.0 if name == "max_accuracy_drop" else 0.0
+    if not low <= number <= (math.inf if bounds == "cost" else 1.0) or math.isinf(number):
+        hint = "it is a share of the full network's cost" if name == "max_cost" else "it is a share"
+        raise PolicyError(f"{name}={value} is out of range: {hint}, as in {name}=0.5.")
+    if bounds == "accuracy" and trace.labels is None:
+        raise TraceError(
+            f"{name} needs labels, and this trace has none. Without labels, thresholds can be "
+            f"calibrated for min_agreement= with the full network, or for max_cost=."
+        )
+    return Goal(name, number, bounds, words.format(f"{number:g}"))
+
+
+def timed(trace: Trace, times: Times | None) -> Trace:
+    """The trace with measured times as its costs.
+
+    Args:
+        trace: E exits.
+        times: milliseconds of the E stages, and of the E heads (or of the E - 1 auxiliary ones).
+
+    Raises:
+        PolicyError: no times were given.
+    """
+    if times is None:
+        raise PolicyError(
+            "max_latency needs times=(stage_ms, head_ms), the measured milliseconds of each stage "
+            "between exits and of each head."
+        )
+    stages, heads = (torch.as_tensor(part, dtype=torch.float64) for part in times)
+    if len(heads) == trace.num_exits - 1:
+        heads = torch.cat([heads, heads.new_zeros(1)])
+    return replace(trace, stage_costs=stages, head_costs=heads, cost_unit="ms")

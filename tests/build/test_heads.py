@@ -1,0 +1,154 @@
+"""Auxiliary classifiers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from offramp.build.flow import count_macs
+from offramp.build.heads import HEADS, FunctionHead, MapHead, TokenHead, VectorHead, make_head
+from offramp.build.heads import asked_inputs
+from offramp.errors import HeadError
+
+FEATURES = {
+    "vector": ((4, 12), None),
+    "tokens": ((4, 9, 12), None),
+    "sequence of channels": ((4, 12, 40), "NCL"),
+    "map": ((4, 12, 10, 10), None),
+    "map, channels last": ((4, 10, 10, 12), None),
+    "video": ((4, 12, 4, 10, 10), None),
+    "video, channels last": ((4, 4, 10, 10, 12), "NTHWC"),
+}
+
+
+@pytest.mark.parametrize(("shape", "layout"), FEATURES.values(), ids=FEATURES.keys())
+@pytest.mark.parametrize("name", ["auto", "pool", "conv"])
+def test_a_head_for_every_feature(name, shape, layout):
+    if name == "conv" and len(shape) == 2:
+        pytest.skip("a vector has nothing to convolve")
+    feature = torch.randn(shape)
+    head = make_head(name, feature, 7, layout=layout).eval()
+    logits = head(feature)
+    assert logits.shape == (4, 7)
+    assert torch.isfinite(logits).all()
+    alone = torch.cat([head(row) for row in feature.split(1)])
+    torch.testing.assert_close(alone, logits)
+
+
+@pytest.mark.parametrize(("shape", "layout"), FEATURES.values(), ids=FEATURES.keys())
+def test_heads_export_with_any_batch(shape, layout):
+    feature = torch.randn(shape)
+    head = make_head("auto", feature, 7, layout=layout).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(head, (feature,), dynamic_shapes=({0: batch},)).module()
+    more = torch.randn(9, *shape[1:])
+    torch.testing.assert_close(program(more), head(more))
+
+
+def test_channels_last_is_channels_first_turned():
+    first = torch.randn(2, 6, 10, 10)
+    torch.manual_seed(3)
+    one = make_head("conv", first, 5, layout="NCHW").eval()
+    torch.manual_seed(3)
+    two = make_head("conv", first.permute(0, 2, 3, 1), 5, layout="NHWC").eval()
+    torch.testing.assert_close(two(first.permute(0, 2, 3, 1)), one(first))
+
+
+def test_what_auto_chooses():
+    assert isinstance(make_head("auto", torch.zeros(2, 5), 3), VectorHead)
+    assert isinstance(make_head("auto", torch.zeros(2, 7, 5), 3), TokenHead)
+    conv = make_head("auto", torch.zeros(2, 5, 8, 8), 3)
+    assert isinstance(conv, MapHead)
+    assert conv.reduce is not None
+
+
+def test_vectors_get_one_or_two_linear_layers():
+    one, two = (make_head(n, torch.zeros(2, 64), 3) for n in ("linear", "mlp"))
+    linear = [[m for m in h.modules() if isinstance(m, nn.Linear)] for h in (one, two)]
+    assert [len(layers) for layers in linear] == [1, 2]
+    assert make_head("mlp", torch.zeros(2, 64), 3, hidden=9).hidden.out_features == 9
+
+
+def test_a_masked_mean_sees_no_padding():
+    head = make_head("pool", torch.zeros(2, 6, 8), 3).eval()
+    tokens = torch.randn(2, 6, 8)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
+    logits = head(tokens, mask)
+    torch.testing.assert_close(logits[:1], head(tokens[:1, :4]))
+    torch.testing.assert_close(logits[1:], head(tokens[1:]))
+    tokens[0, 4:] = 1e3
+    torch.testing.assert_close(head(tokens, mask), logits)
+    assert torch.isfinite(head(tokens, torch.zeros(2, 6))).all()
+
+
+def test_the_class_token_is_the_first():
+    head = make_head("token", torch.zeros(2, 6, 8), 3).eval()
+    tokens = torch.randn(2, 6, 8)
+    changed = tokens.clone()
+    changed[:, 1:] = 0
+    assert torch.equal(head(tokens), head(changed))
+
+
+@pytest.mark.parametrize("budget", [100, 5_000, 50_000, 500_000, None])
+def test_a_convolution_stays_in_its_budget(budget):
+    feature = torch.randn(2, 64, 28, 28)
+    head = make_head("conv", feature, 10, budget=budget).eval()
+    macs = count_macs(lambda: head(feature)) / 2
+    classifier = head.classifier.in_features * 10
+    if budget is None:
+        assert macs - classifier > 500_000
+    else:
+        assert macs - classifier <= budget
+    assert (head.reduce is None) == (budget == 100)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 8, 14, 17, 35, 56])
+def test_odd_sizes(size):
+    feature = torch.randn(2, 4, size, size + 1)
+    assert make_head("conv", feature, 3, layout="NCHW").eval()(feature).shape == (2, 3)
+
+
+def test_type_and_device_follow_the_feature():
+    head = make_head("auto", torch.zeros(2, 4, 8, 8, dtype=torch.bfloat16), 3)
+    assert {p.dtype for p in head.parameters()} == {torch.bfloat16}
+    meta = make_head("auto", torch.zeros(2, 5, device="meta"), 3)
+    assert next(meta.parameters()).device.type == "meta"
+
+
+def test_the_seed_makes_heads_again():
+    def weights():
+        torch.manual_seed(11)
+        return [p.clone() for p in make_head("auto", torch.zeros(2, 4, 8, 8), 3).parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(), weights(), strict=True))
+
+
+def test_identity_and_functions():
+    logits = torch.randn(2, 3)
+    assert make_head("identity", logits, 3)(logits) is logits
+    assert torch.equal(FunctionHead(lambda t: t * 2)(logits), logits * 2)
+
+
+def test_what_a_head_asks_for():
+    class Graph(nn.Module):
+        def forward(self, x, batch, *rest, weight=None, **others):
+            return x
+
+    assert asked_inputs(Graph()) == ("batch", "weight")
+    assert asked_inputs(nn.Linear(2, 2)) == ()
+    assert asked_inputs(TokenHead(4, 2)) == ("attention_mask",)
+
+
+def test_bad_heads():
+    with pytest.raises(HeadError, match="Unknown head 'lineer'. Did you mean 'linear'"):
+        make_head("lineer", torch.zeros(2, 3), 2)
+    with pytest.raises(HeadError, match=r"shape \(2,\) has 1 dimensions; heads are known for"):
+        make_head("auto", torch.zeros(2), 2)
+    with pytest.raises(HeadError, match=r"'linear' takes vectors \(B, D\) and .* \(2, 3, 4\)"):
+        make_head("linear", torch.zeros(2, 3, 4), 2)
+    with pytest.raises(HeadError, match=r"'token' takes token sequences \(B, T, D\)"):
+        make_head("token", torch.zeros(2, 3), 2)
+    with pytest.raises(HeadError, match="'conv' takes maps"):
+        make_head("conv", torch.zeros(2, 3), 2)
+    assert sorted(HEADS) == list(HEADS)
