@@ -21,11 +21,13 @@ from torch.utils import _pytree as pytree
 import offramp
 from benchmarks.architectures.entry import CLASSES, ROWS, Architecture
 from benchmarks.architectures.weights import redraw, sharpen
+from benchmarks.vision_packages import prepare
 from offramp.build.model import MultiExitModel
+from offramp.build.outputs import find_logits
 from offramp.run.chain import Step, chain
 from offramp.run.engines import engine_of
 from offramp.run.onnx import connect, convert
-from offramp.run.proof import TOLERANCE, distance, prove
+from offramp.run.proof import TOLERANCE, distance, evaluating, prove
 from offramp.run.runner import Runner
 from offramp.run.stages import StagedModel, cut
 
@@ -49,6 +51,7 @@ class Row:
         per_sample: at batch 5 each sample gets what it gets alone, exits mixed.
         onnx: the flat ONNX file answers as the network does, none, all and some leaving.
         seconds: wall time of attach and cut.
+        cpu_seconds: and the processor's time, which other programs do not stretch.
         memory_mb: peak memory of attach and cut beyond what was there, where it can be told.
         largest_difference: of per-sample logits, relative; and of the file's.
         exits: which exits the compared rows took.
@@ -65,6 +68,7 @@ class Row:
     per_sample: bool = False
     onnx: bool = False
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     memory_mb: float | None = None
     parameters: int = 0
     places: list[str] = field(default_factory=list)
@@ -85,6 +89,7 @@ class _Unequal(Exception):
 
 def take_through(architecture: Architecture, *, onnx: bool = True, seed: int = 0) -> Row:
     """Take one architecture through the whole path; what fails is in the row, never raised."""
+    prepare()
     row = Row(architecture.name, architecture.source, architecture.kind)
     try:
         _passage(architecture, row, onnx, seed)
@@ -98,7 +103,7 @@ def take_through(architecture: Architecture, *, onnx: bool = True, seed: int = 0
 def _passage(architecture: Architecture, row: Row, onnx: bool, seed: int) -> None:
     torch.manual_seed(seed)
     backbone, samples = architecture.build()
-    redraw(backbone)
+    redraw(backbone, lambda: _call(backbone, samples))
     row.parameters = sum(p.numel() for p in backbone.parameters())
     select = architecture.attach.get("select")
     example = _rows(samples, torch.arange(BATCH, ROWS), select)
@@ -107,13 +112,13 @@ def _passage(architecture: Architecture, row: Row, onnx: bool, seed: int) -> Non
     model = offramp.attach(backbone, example, exits=EXITS, **architecture.attach)
     measured.pause()
     row.placed, row.places = True, list(model.places)
-    redraw(model.heads)
-    sharpen(model.eval(), CLASSES, lambda: _call(model, example))
+    redraw(model.heads, lambda: _call(model.eval(), example))
+    sharpen(model, CLASSES, lambda: _call(model, example))
     alone = _alone(model, batch, select)
     policy = offramp.Policy("confidence", _mixed(alone))
     measured.resume()
     staged = cut(model, example)
-    row.seconds, row.memory_mb = measured.stop()
+    row.seconds, row.cpu_seconds, row.memory_mb = measured.stop()
     steps = chain(staged, policy, model.num_exits)
     row.staged = True
     runner = _runner(model, policy, staged, steps)
@@ -250,10 +255,11 @@ def _runner(
 
 
 def _check_whole(runner: Runner, model: MultiExitModel, batch: Any) -> None:
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():  # without fused kernels that cannot be exported
         wanted = _call(model, batch)
-        plain = _call(model.backbone, batch)
-        final = plain if isinstance(plain, Tensor) else wanted.final
+        final = find_logits(_call(model.backbone, batch))
+    with torch.no_grad():
+        fused = find_logits(_call(model.backbone, batch))
     got = _call(runner.all_exits, batch)
     for exit, (own, other) in enumerate(zip(got, wanted, strict=True)):
         if not torch.equal(own, other):
@@ -261,6 +267,8 @@ def _check_whole(runner: Runner, model: MultiExitModel, batch: Any) -> None:
             raise _Unequal(f"No exit taken: exit {exit} differs by {far:.2g} (relative).")
     if not torch.equal(got.final, final):
         raise _Unequal("No exit taken: the last exit is not the backbone's own output.")
+    if not distance(got.final, fused) <= TOLERANCE[True]:
+        raise _Unequal("No exit taken: the backbone's fused kernels give another output.")
 
 
 def _check_per_sample(
@@ -330,7 +338,7 @@ class _Measured:
     """Wall time, and the peak of memory where the system tells it (Linux)."""
 
     def __init__(self) -> None:
-        self.spent = 0.0
+        self.spent = self.cpu = 0.0
         self.peak = 0.0
         self.resume()
 
@@ -341,17 +349,19 @@ class _Measured:
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         except OSError:
             self.before = math.nan
-        self.begin = time.perf_counter()
+        self.begin = time.perf_counter(), time.process_time()
 
     def pause(self) -> None:
         """What follows does not count."""
-        self.spent += time.perf_counter() - self.begin
+        self.spent += time.perf_counter() - self.begin[0]
+        self.cpu += time.process_time() - self.begin[1]
         self.peak = max(self.peak, _resident("VmHWM") - self.before)
 
-    def stop(self) -> tuple[float, float | None]:
-        """Seconds, and MB or ``None``."""
+    def stop(self) -> tuple[float, float, float | None]:
+        """Seconds of wall and of processor, and MB or ``None``."""
         self.pause()
-        return round(self.spent, 3), None if math.isnan(self.peak) else round(self.peak, 1)
+        memory = None if math.isnan(self.peak) else round(self.peak, 1)
+        return round(self.spent, 3), round(self.cpu, 3), memory
 
 
 def _resident(key: str) -> float:

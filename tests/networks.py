@@ -30,9 +30,7 @@ class ResidualCNN(nn.Module):
     def __init__(self, classes: int = 5, width: int = 8) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, width, 3, 1, 1)
-        self.layer1 = nn.Sequential(
-            ResidualBlock(width, width, 1), ResidualBlock(width, width, 1)
-        )
+        self.layer1 = nn.Sequential(ResidualBlock(width, width, 1), ResidualBlock(width, width, 1))
         self.layer2 = nn.Sequential(
             ResidualBlock(width, 2 * width, 2), ResidualBlock(2 * width, 2 * width, 1)
         )
@@ -84,7 +82,9 @@ class EncoderBlock(nn.Module):
 class MaskedEncoder(nn.Module):
     """Tokens (B, T) and an attention mask (B, T) -> {"logits": (B, classes)}."""
 
-    def __init__(self, classes: int = 3, dim: int = 32, depth: int = 4, vocabulary: int = 50) -> None:
+    def __init__(
+        self, classes: int = 3, dim: int = 32, depth: int = 4, vocabulary: int = 50
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, dim)
         self.position = nn.Parameter(torch.randn(64, dim) * 0.1)

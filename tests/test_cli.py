@@ -47,7 +47,7 @@ def calibration():
     return _loader(2)
 
 
-def test():
+def testing():
     return _loader(3)
 
 
@@ -88,7 +88,7 @@ def fitted(tmp_path_factory):
 
 def test_from_fit_to_evaluate(fitted, tmp_path, capsys):
     traces = {}
-    for name in ("calibration", "test"):
+    for name in ("calibration", "testing"):
         traces[name] = tmp_path / f"{name}.safetensors"
         loader = f"{HERE}:{name}"
         said = call(capsys, "record", fitted, "--data", loader, "--out", traces[name])
@@ -100,12 +100,12 @@ def test_from_fit_to_evaluate(fitted, tmp_path, capsys):
     )
     assert said == Policy.load(policy).to_json()
     html, plot = tmp_path / "r.html", tmp_path / "r.png"
-    report = call(capsys, "evaluate", traces["test"], policy, "--html", html, "--plot", plot)
+    report = call(capsys, "evaluate", traces["testing"], policy, "--html", html, "--plot", plot)
     assert set(report) >= {"full", "early", "exits", "cost_ratio", "verdict"}
     assert html.read_text().startswith("<!doctype html>")
     assert plot.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
-        main(["evaluate", str(traces["test"]), str(policy)])
+        main(["evaluate", str(traces["testing"]), str(policy)])
     assert report["verdict"].split(":")[0] in capsys.readouterr().out
 
 
@@ -123,7 +123,8 @@ def test_recording_the_training_data_is_found_out(fitted, tmp_path, capsys):
     trace = tmp_path / "t.safetensors"
     said = call(capsys, "record", fitted, "--data", f"{HERE}:train", "--out", trace)
     assert said["source"] == "training"
-    assert "training" in refused(capsys, "calibrate", trace, "--max-accuracy-drop", 0.1)
+    message = refused(capsys, "calibrate", trace, "--max-accuracy-drop", 0.1)
+    assert "recorded from data that the model was trained on" in message
 
 
 def test_inspect_shows_cost_candidates_and_exits(capsys):
@@ -135,8 +136,9 @@ def test_inspect_shows_cost_candidates_and_exits(capsys):
     with pytest.raises(SystemExit):
         main(["inspect", f"{HERE}:network"])
     shown = capsys.readouterr().out
-    assert "exit 1 (for 50 %)" in shown
-    assert "candidate" in shown
+    assert shown.count("●") == 3 + 1  # and the legend
+    assert "◂ 50%" in shown
+    assert "3: backbone" in shown
 
 
 def test_inspect_by_places(capsys):

@@ -11,17 +11,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 __all__ = ["redraw", "sharpen"]
 
 SMALL = 1e-3  # a scale of this size or less hides the branch that it multiplies
-WANTED = 0.3  # deviation of logits between samples
-STRONGEST = 200.0  # more would show rounding errors instead of the samples
+WANTED = 0.05  # deviation of logits between samples
+STRONGEST = 50.0  # more would show rounding errors instead of the samples
 
 
 @torch.no_grad()
-def redraw(model: nn.Module) -> nn.Module:
+def redraw(model: nn.Module, run: Callable[[], object]) -> nn.Module:
     """Draw anew what is initialised to nothing, and disturb what is initialised to the identity.
 
     Zero weights (heads, last layers of branches) and the tiny scales of branches would make all
-    samples alike, and equality would say nothing. Statistics of batch norm that are 0 and 1 would
-    hide that they are used.
+    samples alike, and equality would say nothing. Batch norm gets the statistics of some samples,
+    disturbed a little: those that it starts with (0 and 1) let the signal die away in deep networks.
+
+    Args:
+        model: the network.
+        run: calls it on some samples.
     """
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() or parameter.numel() == 0:
@@ -35,11 +39,24 @@ def redraw(model: nn.Module) -> nn.Module:
             parameter.normal_(std=0.02)
         else:
             parameter.uniform_(0.2, 0.6)
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
-            module.running_mean.normal_(std=0.05)
-            module.running_var.uniform_(0.8, 1.2)
-    return model.eval()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    model.eval()
+    hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return model
+
+
+def _take_statistics(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+    (x,) = inputs
+    dims = [d for d in range(x.ndim) if d != 1]
+    deviation = x.std(dims).nan_to_num().clamp(min=1e-3)
+    noise = torch.randn_like(deviation)
+    norm.running_mean.copy_(x.mean(dims) + 0.1 * deviation * noise)
+    norm.running_var.copy_(deviation.square() * torch.empty_like(deviation).uniform_(0.8, 1.2))
 
 
 @torch.no_grad()

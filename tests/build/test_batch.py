@@ -93,9 +93,12 @@ def test_take_rows_leaves_what_has_no_batch():
 
 
 @settings(max_examples=30, deadline=None)
-@given(rows=st.lists(st.integers(0, 9), min_size=1, max_size=12), dtype=st.sampled_from(
-    [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
-))
+@given(
+    rows=st.lists(st.integers(0, 9), min_size=1, max_size=12),
+    dtype=st.sampled_from(
+        [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+    ),
+)
 def test_a_fingerprint_belongs_to_the_sample_not_to_its_batch(rows, dtype):
     data = torch.randint(0, 2, (10, 3, 7), generator=torch.Generator().manual_seed(0)).to(dtype)
     extra = torch.arange(10)

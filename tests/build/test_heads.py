@@ -7,8 +7,15 @@ import torch
 from torch import nn
 
 from offramp.build.flow import count_macs
-from offramp.build.heads import HEADS, FunctionHead, MapHead, TokenHead, VectorHead, make_head
-from offramp.build.heads import asked_inputs
+from offramp.build.heads import (
+    HEADS,
+    FunctionHead,
+    MapHead,
+    TokenHead,
+    VectorHead,
+    asked_inputs,
+    make_head,
+)
 from offramp.errors import HeadError
 
 FEATURES = {
@@ -22,11 +29,16 @@ FEATURES = {
 }
 
 
-@pytest.mark.parametrize(("shape", "layout"), FEATURES.values(), ids=FEATURES.keys())
-@pytest.mark.parametrize("name", ["auto", "pool", "conv"])
+@pytest.mark.parametrize(
+    ("name", "shape", "layout"),
+    [
+        pytest.param(name, *feature, id=f"{name}-{kind}")
+        for name in ("auto", "pool", "conv")
+        for kind, feature in FEATURES.items()
+        if (name, kind) != ("conv", "vector")
+    ],
+)
 def test_a_head_for_every_feature(name, shape, layout):
-    if name == "conv" and len(shape) == 2:
-        pytest.skip("a vector has nothing to convolve")
     feature = torch.randn(shape)
     head = make_head(name, feature, 7, layout=layout).eval()
     logits = head(feature)
@@ -90,7 +102,7 @@ def test_the_class_token_is_the_first():
     assert torch.equal(head(tokens), head(changed))
 
 
-@pytest.mark.parametrize("budget", [100, 5_000, 50_000, 500_000, None])
+@pytest.mark.parametrize("budget", [100, 40_000, 200_000, 500_000, None])
 def test_a_convolution_stays_in_its_budget(budget):
     feature = torch.randn(2, 64, 28, 28)
     head = make_head("conv", feature, 10, budget=budget).eval()

@@ -64,8 +64,8 @@ class Alternating(nn.Module):
         self.turn, self.turn_back = Permute(0, 2, 3, 1), Permute(0, 3, 1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.mid(self.turn(self.stem(x)).contiguous())
-        return self.fc(self.back(self.turn_back(x).contiguous()).mean((2, 3)))
+        x = self.mid(self.turn(self.stem(x)))
+        return self.fc(self.back(self.turn_back(x)).mean((2, 3)))
 
 
 class Permute(nn.Module):

@@ -58,8 +58,14 @@ def violations(
     return moved, still
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
-@pytest.mark.parametrize("optimizer", sorted(Optimizers))
+@pytest.mark.parametrize(
+    ("scheme", "optimizer"),
+    [
+        *((scheme, "adamw") for scheme in sorted(SCHEMES)),
+        ("layerwise", "sgd"),
+        ("layerwise", "adam"),
+    ],
+)
 def test_no_byte_of_a_frozen_part_changes(scheme: str, optimizer: str) -> None:
     model = model_of()
     plan = as_plan(scheme, 4, 4)

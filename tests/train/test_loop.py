@@ -575,3 +575,22 @@ def test_control_c_comes_through() -> None:
     with pytest.raises(KeyboardInterrupt):
         quick(model, Breaking(loader_of(), 3, KeyboardInterrupt()), epochs=1)
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_phase_may_take_smaller_steps() -> None:
+    phases = [Phase("a", (0,), (0,), (0,)), Phase("b", (0,), (0,), (0,), lr_scale=0.1)]
+    history = quick(model_of(), loader_of(), scheme=phases, schedule="constant", lr=0.5)
+    assert [row.lr for row in history] == pytest.approx([0.5, 0.05])
+
+
+def test_every_epoch_draws_its_own_dropout() -> None:
+    seeds: list[int] = []
+
+    def noted(
+        outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
+    ) -> Tensor:
+        seeds.append(torch.initial_seed())
+        return sample_losses(outputs, labels, exits)
+
+    quick(model_of(), loader_of(40, 40), scheme=Layerwise(noted), epochs=6)
+    assert len(seeds) == len(set(seeds)) == 6

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from offramp.decide.policy import Policy
+from offramp.decide.scored import as_thresholds, measure, score
 from offramp.decide.trace import Trace
 
 __all__ = ["Point", "turned"]
-
-CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -48,60 +47,23 @@ def turned(trace: Trace, policy: Policy, reference: Tensor, steps: int = 20) -> 
     Returns:
         Points of different cost, cheapest first.
     """
-    scores, answers = _walk(trace, policy)
-    ordered = scores.sort(dim=1).values
-    held = policy.thresholds_for(trace.num_exits)
-    off = [policy.thresholds is not None and value == math.inf for value in held]
-    samples = trace.num_samples
-    below = [float((row < value).double().mean()) for row, value in zip(scores, held, strict=True)]
+    scored = score(trace, policy.criterion)
+    right = scored.predictions == reference
+    ordered = scored.scores[:-1].sort(dim=1).values
+    held = as_thresholds(policy.thresholds_for(trace.num_exits))
+    off = held.isposinf() if policy.thresholds is not None else torch.zeros_like(held) > 0
+    below = (ordered < held[:, None]).double().mean(dim=1)
     settings = [held]
     for step in range(1, steps + 1):
         rest = 1 - step / steps
-        for quantiles in ([q * rest for q in below], [1 - (1 - q) * rest for q in below]):
+        for quantiles in (below * rest, 1 - (1 - below) * rest):
             # The score below which this share of the samples lies; past the last, nobody leaves.
-            ranks = [math.ceil(q * samples - 1e-9) for q in quantiles]
-            turned_to = [
-                math.inf if skip or rank >= samples else float(row[rank])
-                for row, rank, skip in zip(ordered, ranks, off, strict=True)
-            ]
-            settings.append(tuple(turned_to))
+            ranks = (quantiles * trace.num_samples - 1e-9).ceil().long()
+            inside = ranks.clamp(max=trace.num_samples - 1)
+            turned_to = ordered.gather(1, inside[:, None])[:, 0]
+            settings.append(turned_to.masked_fill(off | (ranks > inside), math.inf))
     points: dict[float, Point] = {}
     for thresholds in settings:
-        point = _point(trace, policy, thresholds, scores, answers, reference)
-        points.setdefault(point.cost_ratio, point)
+        cost, gain = measure(scored, thresholds, right)
+        points.setdefault(cost, Point(tuple(thresholds.tolist()), cost, gain))
     return [points[cost] for cost in sorted(points)]
-
-
-def _walk(trace: Trace, policy: Policy) -> tuple[Tensor, Tensor]:
-    """Scores (E-1, N) and answers (E, N) of every exit about every sample."""
-    exits, samples, _ = trace.logits.shape
-    scores = torch.empty(exits - 1, samples)
-    answers = torch.empty(exits, samples, dtype=torch.int64)
-    with torch.inference_mode():
-        for start in range(0, samples, CHUNK):
-            part = slice(start, start + CHUNK)
-            state: tuple[Tensor, ...] = ()
-            for k in range(exits):
-                logits, score, state = policy.criterion(trace.logits[k, part], state, k)
-                answers[k, part] = logits.argmax(dim=1)
-                if k < exits - 1:
-                    scores[k, part] = score
-    return scores, answers
-
-
-def _point(
-    trace: Trace,
-    policy: Policy,
-    thresholds: tuple[float, ...],
-    scores: Tensor,
-    answers: Tensor,
-    reference: Tensor,
-) -> Point:
-    """Accuracy and cost of one setting, from scores that are computed once for all settings."""
-    limits = torch.tensor(thresholds, dtype=scores.dtype)[:, None]
-    leave = torch.cat([scores >= limits, torch.ones(1, trace.num_samples, dtype=torch.bool)])
-    exit = leave.int().argmax(dim=0)  # the first that accepts
-    active = Policy(policy.criterion, thresholds).active(trace.num_exits)
-    cost = float(trace.exit_costs(active)[exit].mean())
-    right = answers.gather(0, exit[None])[0] == reference
-    return Point(thresholds, cost / trace.full_cost, float(right.double().mean()))

@@ -208,7 +208,15 @@ def profile(
             # Three rows against two: what follows the batch cannot be mistaken.
             size, rows = batch_size(args, kwargs), 2
             few = take_rows(args, kwargs, torch.arange(2) % size)
-            follows = _follow(backbone, *take_rows(args, kwargs, torch.arange(3) % size))
+            try:
+                follows = _follow(backbone, *take_rows(args, kwargs, torch.arange(3) % size))
+            except Exception as error:
+                error.add_note(
+                    "This came from calling the backbone with 3 rows of the example, taken along "
+                    "dimension 0. If that is not the batch, pass select=, a function that takes "
+                    "rows."
+                )
+                raise
         found = _count(backbone, *few, rows, follows, logits)
         if measure == "params":
             return _by_parameters(found, backbone)

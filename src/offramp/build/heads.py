@@ -181,8 +181,6 @@ def make_head(
         )
     layout = layout_of(shape) if layout is None else layout
     last = channels_last(layout, len(shape)) and len(shape) > 2
-    if name == "auto":
-        name = {2: "linear", 3: "pool" if last else "conv"}.get(len(shape), "conv")
     head = HEADS[name](shape, last, num_classes, hidden, budget)
     return head.to(device=feature.device, dtype=feature.dtype)
 
@@ -194,6 +192,16 @@ def _vector(name: str, shape: tuple[int, ...]) -> int:
             "Use 'auto', 'pool' or 'conv'."
         )
     return shape[1]
+
+
+def _auto(
+    shape: tuple[int, ...], last: bool, classes: int, hidden: int | None, budget: float | None
+) -> nn.Module:
+    if len(shape) == 2:
+        return VectorHead(shape[1], classes)
+    if len(shape) == 3 and last:
+        return TokenHead(shape[2], classes)
+    return _conv(shape, last, classes, hidden, budget)
 
 
 def _linear(
@@ -268,7 +276,7 @@ def _identity(
 
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
-    "auto": _linear,
+    "auto": _auto,
     "conv": _conv,
     "identity": _identity,
     "linear": _linear,

@@ -140,10 +140,9 @@ def _open_calls(profile: CostProfile) -> list[ModuleCall]:
 def _blocks(profile: CostProfile) -> set[str]:
     """Classes of modules that are not entered."""
     calls = profile.calls
-    times = Counter(call.kind for call in calls)
-    kind_of = {call.path: call.kind for call in calls}
-    parents = {call.parent for call in calls}
-    open_inside = {
+    repeated = {kind for kind, n in Counter(call.kind for call in calls).items() if n > 1}
+    repeated -= _CONTAINERS
+    branching = repeated & {
         calls[call.parent].kind
         for call in calls
         if call.parent > 0
@@ -152,24 +151,37 @@ def _blocks(profile: CostProfile) -> set[str]:
         and not call.cut
         and call.ended < calls[call.parent].ended
     }
-    # A list holds two or more modules of one class that are themselves made of modules: as a
-    # container among others, as a module of its own only those.
-    compound = [call for i, call in enumerate(calls) if i in parents and call.index == 0]
-    alike = Counter((call.path.rpartition(".")[0], call.kind) for call in compound)
-    children = Counter(call.path.rpartition(".")[0] for call in compound)
-    lists = {
-        path
-        for (path, _), n in alike.items()
-        if n > 1 and (kind_of.get(path, "") in _CONTAINERS or n == children[path])
-    }
-    stages = {
-        call.kind for call in calls if any(f"{path}.".startswith(f"{call.path}.") for path in lists)
-    }
+    closed = {call.path for call in calls if call.kind in branching}
+    lists = [path for path in _lists(calls) if closed.isdisjoint(_upwards(path))]
+    stages = {path for found in lists for path in _upwards(found)}
+    return branching | (repeated - {call.kind for call in calls if call.path in stages})
+
+
+def _lists(calls: Sequence[ModuleCall]) -> set[str]:
+    """Paths that hold two or more modules of one class that are themselves made of modules.
+
+    A container may hold others beside them, a module of its own may not.
+    """
+    kinds = {call.path: call.kind for call in calls}
+    parents = {call.parent for call in calls}
+    alike: Counter[tuple[str, str]] = Counter()
+    children: Counter[str] = Counter()
+    for position, call in enumerate(calls):
+        if call.index == 0:
+            holder = call.path.rpartition(".")[0]
+            children[holder] += 1
+            alike[holder, call.kind] += position in parents
     return {
-        kind
-        for kind, n in times.items()
-        if n > 1 and kind not in _CONTAINERS and (kind in open_inside or kind not in stages)
+        holder
+        for (holder, _), n in alike.items()
+        if n > 1 and (kinds.get(holder, "") in _CONTAINERS or n == children[holder])
     }
+
+
+def _upwards(path: str) -> set[str]:
+    """A path and the paths of all that surround it."""
+    parts = path.split(".")
+    return {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
 
 
 # Modules without a meaning of their own; "" stands for a ModuleList, which is never called.
@@ -245,7 +257,7 @@ def _not_batched(profile: CostProfile, calls: Sequence[ModuleCall]) -> str:
     call = calls[0]
     shape = call.feature.shape if call.feature else ()
     return (
-        f" {len(calls)} more modules hand on tensors whose dimension 0 is not the batch, such as "
+        " Others hand on tensors whose dimension 0 is not the batch, such as "
         f"{profile.name(call)!r} with {shape} for {profile.batch} samples."
     )
 

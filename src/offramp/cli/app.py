@@ -82,24 +82,25 @@ def inspect(
     shape: Shape = None,
     exits: Exits = "3",
     cost: Annotated[str, typer.Option(help="macs, params or latency.")] = "macs",
-    depth: Annotated[int, typer.Option(help="How deep modules are shown.")] = 2,
+    depth: Annotated[
+        int | None, typer.Option(help="Levels to show; else down to the candidates.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a network costs as a tree, with the places for exits and where they fall."""
     from offramp.build.batch import as_call
     from offramp.build.cost import profile
     from offramp.build.model import attach
-    from offramp.build.placement import percentiles, resolve
+    from offramp.build.placement import resolve
     from offramp.cli.factories import backbone_of
-    from offramp.cli.tree import Inspection
+    from offramp.cli.inspection import Inspection
 
     backbone, example = backbone_of(network, shape)
     wanted = _exits(exits)
     found = profile(backbone, *as_call(example), cost)
-    chosen = resolve(found, wanted)
-    model = attach(backbone, example, exits=[place.name for place in chosen])
-    aims = percentiles(wanted) if isinstance(wanted, int) else ()
-    seen = Inspection(found, model, chosen, aims)
+    # By name: measured again, latency would be another, and the places perhaps too.
+    places = [place.name for place in resolve(found, wanted)]
+    seen = Inspection(found, wanted, attach(backbone, example, exits=places))
     _show(seen.to_dict(), seen.render(depth), as_json)
 
 

@@ -13,12 +13,15 @@ from offramp.decide import gains as worth
 from offramp.decide.criteria import Criterion
 from offramp.decide.criteria import criterion as named
 from offramp.decide.goals import Goal, Times, resolve, timed
+from offramp.decide.guarantees import Promise, Risk
+from offramp.decide.guarantees.risks import Loss, losses
 from offramp.decide.methods.families import FAMILIES, Family
 from offramp.decide.methods.search import Search
 from offramp.decide.methods.turn import turn
 from offramp.decide.policy import Policy
+from offramp.decide.promising import kept_policy
 from offramp.decide.provenance import provenance
-from offramp.decide.scored import Scored, measure, score
+from offramp.decide.scored import measure, score
 from offramp.decide.trace import Trace
 from offramp.errors import Infeasible, PolicyError, TraceError, unknown_name
 
@@ -55,15 +58,25 @@ def calibrate(
     max_accuracy_drop: float | None = None,
     min_accuracy: float | None = None,
     min_agreement: float | None = None,
+    max_brier_gap: float | None = None,
+    max_loss: float | None = None,
     max_latency: float | None = None,
     times: Times | None = None,
+    loss: Loss | None = None,
+    loss_limits: tuple[float, float] | None = None,
     method: str = "search",
+    confidence: float | str | None = None,
+    bound: str = "auto",
+    testing: str = "fixed-sequence",
+    path: Trace | None = None,
     seed: int = 0,
 ) -> Policy:
     """The thresholds that serve a goal best on a trace.
 
     With a goal about cost, the most accurate thresholds within it (the most agreeing, where the
-    trace has no labels); with one about accuracy or agreement, the cheapest that meet it.
+    trace has no labels); with one about answers, the cheapest that meet it. With ``confidence`` the
+    goal is not only met on these samples but promised for new ones drawn like them; where the trace
+    has groups, for each of them.
 
     Args:
         trace: of samples that training never saw.
@@ -72,11 +85,23 @@ def calibrate(
         max_accuracy_drop: accuracy that may be lost against the full network, as a share.
         min_accuracy: as a share.
         min_agreement: share of the answers that must be the full network's.
+        max_brier_gap: what may be added to the full network's Brier score (0 to 2).
+        max_loss: bound on the mean of ``loss``.
         max_latency: mean milliseconds, by the measured ``times``.
         times: milliseconds of the stages and of the heads.
+        loss: a function of logits (B, C) and labels (B,) that returns (B,); may be negative.
+        loss_limits: the least and the most it can be, for every sample there may ever be.
         method: ``"search"``, or one of the baselines ``"shared"``, ``"geometric"``, ``"greedy"``,
-            ``"per-exit accuracy"``, ``"quantile"``.
-        seed: of the random parts of the samples that the search averages over.
+            ``"per-exit accuracy"``, ``"quantile"``. Not looked at with ``confidence``.
+        confidence: the probability, over draws of the calibration samples, with which the goal is
+            to hold for new samples; ``"expectation"`` for the mean over such draws.
+        bound: with ``confidence``: ``"auto"`` (exact for whole losses, betting for others),
+            ``"score"``, ``"clopper-pearson"``, ``"betting"`` or ``"hoeffding-bentkus"``.
+        testing: with ``confidence``: how settings with a threshold of its own for each exit are
+            tested, ``"fixed-sequence"`` or ``"bonferroni"``.
+        path: with ``confidence``: a trace of other samples to choose those settings on; a part of
+            ``trace`` is set aside for it otherwise.
+        seed: of the random parts of the samples.
 
     Returns:
         The policy, which says in its provenance where it comes from and what it achieved there.
@@ -92,12 +117,21 @@ def calibrate(
         "max_accuracy_drop": max_accuracy_drop,
         "min_accuracy": min_accuracy,
         "min_agreement": min_agreement,
+        "max_brier_gap": max_brier_gap,
+        "max_loss": max_loss,
         "max_latency": max_latency,
     }
     goal = resolve(trace, given)
+    if method not in METHODS:
+        raise PolicyError(unknown_name("method", method, METHODS))
+    if confidence is not None:
+        risk = goal.risk(loss, loss_limits)
+        wanted = Promise(risk, goal.bound, confidence, bound, testing, path, seed)
+        return kept_policy(trace, rule, goal, wanted)
     if goal.name == "max_latency":
         trace = timed(trace, times)
-    task = _Task(trace, rule, method, goal.bounds, seed)
+    risk = goal.risk(loss, loss_limits) if goal.bounds == "loss" else None
+    task = _Task(trace, rule, method, goal.bounds, seed, risk)
     thresholds = _within(task, goal) if goal.bounds == "cost" else _good_enough(task, goal)
     return task.policy(thresholds, goal)
 
@@ -125,6 +159,8 @@ def frontier(
     rule = _rule(trace, criterion)
     if points < 2:
         raise PolicyError(f"A frontier has at least 2 points, got points={points}.")
+    if method not in METHODS:
+        raise PolicyError(unknown_name("method", method, METHODS))
     task = _Task(trace, rule, method, "cost", seed)
     low, high = task.reach()
     found: list[Point] = []
@@ -141,31 +177,52 @@ def frontier(
 class _Task:
     """A trace scored for one criterion, and the method that chooses thresholds on it."""
 
-    def __init__(self, trace: Trace, rule: Criterion, method: str, about: str, seed: int) -> None:
-        if method not in METHODS:
-            raise PolicyError(unknown_name("method", method, METHODS))
+    def __init__(
+        self,
+        trace: Trace,
+        rule: Criterion,
+        method: str,
+        about: str,
+        seed: int,
+        risk: Risk | None = None,
+    ) -> None:
         self.trace, self.rule, self.method, self.seed = trace, rule, method, seed
-        self.scored: Scored = score(trace, rule)
-        labelled = trace.labels is not None and about != "agreement"
-        self.right = (
-            worth.correctness(trace, self.scored) if labelled else worth.agreement(self.scored)
-        )
         full = trace.logits[-1].argmax(dim=1)
-        if not labelled:
-            # Of the backbone itself, also where the criterion's last answer is an ensemble's.
+        self.full = 1.0
+        self.about = "agreement" if trace.labels is None else about
+        if risk is not None:
+            self.scored, values = losses(trace, rule, risk)
+            self.right = -values.float()
+        elif self.about == "agreement":
+            self.scored = score(trace, rule)
+            # With the backbone itself, also where the criterion's last answer is an ensemble's.
             self.right = (self.scored.predictions == full).float()
-        self.full = 1.0 if not labelled else float((full == trace.labels).double().mean())
-        self.labelled = labelled
+        else:
+            self.scored = score(trace, rule)
+            self.right = worth.correctness(trace, self.scored)
+            self.full = float((full == trace.labels).double().mean())
         self.solve = self._solver()
 
     def _solver(self) -> Solver:
         if self.scored.num_exits == 1:
             return lambda budget: torch.empty(0)
         if self.method == "search":
-            smooth = worth.smoothed(self.trace, self.scored) if self.labelled else self.right
-            return Search(self.scored, smooth, self.seed).at
-        family: Family = FAMILIES[self.method](self.scored, self.right)
-        return lambda budget: turn(self.scored, family, budget)
+            gains = self.right
+            if self.about in ("accuracy", "cost"):
+                gains = worth.smoothed(self.trace, self.scored)
+            choose: Solver = Search(self.scored, gains, self.seed).at
+        else:
+            family: Family = FAMILIES[self.method](self.scored, self.right)
+
+            def choose(budget: float) -> Tensor:
+                return turn(self.scored, family, budget)
+
+        def solve(budget: float) -> Tensor:
+            found = choose(budget)
+            # Ties can leave a method nothing within the budget, where the cheapest still is.
+            return found if self.scored.cost(found) <= budget + 1e-12 else self.cheapest()
+
+        return solve
 
     def reach(self) -> tuple[float, float]:
         """The least cost that thresholds can have, and that of never leaving early."""
@@ -187,13 +244,11 @@ class _Task:
 
     def policy(self, thresholds: Tensor, goal: Goal) -> Policy:
         """The policy of these thresholds, with its provenance."""
-        about: dict[str, Any] = provenance(
-            self.trace, self.scored, thresholds, self.right, self.labelled
-        )
+        about: dict[str, Any] = provenance(self.trace, self.scored, thresholds)
         about["method"] = self.method
         about["target"] = {goal.name: goal.value}
-        kind = "accuracy" if self.labelled else "agreement"
         achieved = about["achieved"]
+        kind = "agreement" if self.about == "agreement" else "accuracy"
         about["summary"] = (
             f"chosen by {self.method} on {self.trace.num_samples} samples "
             f"({self.trace.source}) for {goal.words}; there {kind} is {achieved[kind]:.4f} "
@@ -248,7 +303,7 @@ def _good_enough(task: _Task, goal: Goal) -> Tensor:
             if best[1] < floor and gain > best[1]:
                 found, best = tried, (cost, gain)
     if best[1] < floor:
-        kind = "agreement" if goal.bounds == "agreement" else "accuracy"
+        kind = {"loss": "a mean gain of"}.get(goal.bounds, goal.bounds)
         raise Infeasible(
             f"No thresholds reach {goal.words} on these samples: the best found has {kind} "
             f"{best[1]:.4f}, and {floor:.4f} is wanted. Train better exits, or ask for less.",

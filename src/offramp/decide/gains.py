@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from offramp.decide.fitting import ELEMENTS, sampled, stack
 from offramp.decide.scored import Scored
 from offramp.decide.trace import Trace
 
 __all__ = ["agreement", "correctness", "smoothed"]
 
-ELEMENTS = 20_000_000  # logits that the stacked posterior is fitted on, at most: bounds its memory
-RIDGE = 1.0  # in samples: how much data it takes to move the stack from the plain mean
 
 
 def correctness(trace: Trace, scored: Scored) -> Tensor:
@@ -42,7 +40,8 @@ def smoothed(trace: Trace, scored: Scored) -> Tensor:
     right = correctness(trace, scored)
     if trace.labels is None:
         return right
-    weights, offsets = _stack(trace)
+    even = torch.full((trace.num_exits,), 1 / trace.num_exits, dtype=torch.float64)
+    weights, offsets = stack(sampled(trace), even)
     chance = torch.empty_like(right)
     step = max(1, ELEMENTS // (trace.num_classes * trace.num_exits))
     for start in range(0, trace.num_samples, step):
@@ -56,31 +55,3 @@ def _combine(logits: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """(E, B, C) -> (B, C) float64."""
     logs = logits.double().log_softmax(dim=2)
     return torch.einsum("e,ebc->bc", weights, logs) + offsets
-
-
-def _stack(trace: Trace) -> tuple[Tensor, Tensor]:
-    """The stack's weights (E,) and offsets (C,), by penalised maximum likelihood, in float64."""
-    exits, samples, classes = trace.logits.shape
-    labels = trace.labels
-    if labels is None:  # pragma: no cover - callers look first
-        raise ValueError("labels")
-    rows = max(1, min(samples, ELEMENTS // (exits * classes)))
-    chosen = torch.linspace(0, samples - 1, rows).long()
-    logs = trace.logits[:, chosen].double().log_softmax(dim=2)
-    target = labels[chosen]
-    even = torch.full((exits,), 1 / exits, dtype=torch.float64)
-    with torch.enable_grad():
-        weights = even.clone().requires_grad_()
-        offsets = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-        solver = torch.optim.LBFGS([weights, offsets], max_iter=60, line_search_fn="strong_wolfe")
-
-        def closure() -> Tensor:
-            solver.zero_grad()
-            joint = torch.einsum("e,ebc->bc", weights, logs) + offsets
-            pull = ((weights - even) ** 2).sum() * exits + (offsets**2).sum()
-            loss: Tensor = functional.cross_entropy(joint, target) + RIDGE / rows * pull
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
-
-        solver.step(closure)  # type: ignore[no-untyped-call, arg-type]
-    return weights.detach(), offsets.detach()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from offramp.decide.guarantees.risks import Loss, Risk
 from offramp.decide.trace import Trace
 from offramp.errors import PolicyError, TraceError
 
@@ -23,7 +24,7 @@ class Goal:
     Attributes:
         name: the argument of ``calibrate`` that it came from.
         value: as given.
-        bounds: ``"cost"``, ``"accuracy"`` or ``"agreement"``: what the figure is about.
+        bounds: ``"cost"``, ``"accuracy"``, ``"agreement"`` or ``"loss"``: what it is about.
         words: the goal in words, for errors and provenance.
     """
 
@@ -38,7 +39,44 @@ class Goal:
         Args:
             full_accuracy: of the full network on the calibration samples.
         """
+        if self.bounds == "loss":
+            return -self.value
         return full_accuracy - self.value if self.name == "max_accuracy_drop" else self.value
+
+    def risk(self, loss: Loss | None = None, limits: tuple[float, float] | None = None) -> Risk:
+        """The loss whose mean the goal bounds.
+
+        Args:
+            loss: a user's, where the goal is ``max_loss``.
+            limits: of that loss.
+
+        Raises:
+            PolicyError: the goal is about cost, or a user's loss or its limits are missing.
+        """
+        names = {
+            "max_accuracy_drop": "accuracy gap",
+            "min_accuracy": "error rate",
+            "min_agreement": "disagreement",
+            "max_brier_gap": "brier gap",
+        }
+        if self.name in names:
+            return Risk.named(names[self.name])
+        if self.name == "max_loss":
+            if loss is None or limits is None:
+                raise PolicyError(
+                    "max_loss needs loss=, a function of logits (B, C) and labels (B,) that "
+                    "returns (B,), and loss_limits=(least, most) that hold for every sample."
+                )
+            return Risk.own(loss, limits)
+        raise PolicyError(
+            f"confidence= promises something about answers, and {self.name} is about cost. "
+            f"Give max_accuracy_drop, min_accuracy, min_agreement, max_brier_gap or max_loss."
+        )
+
+    @property
+    def bound(self) -> float:
+        """The goal as a bound on the mean of its loss."""
+        return 1 - self.value if self.name.startswith("min_") else self.value
 
 
 _BOUNDS = {
@@ -47,6 +85,8 @@ _BOUNDS = {
     "max_accuracy_drop": ("accuracy", "an accuracy at most {} below the full network's"),
     "min_accuracy": ("accuracy", "an accuracy of at least {}"),
     "min_agreement": ("agreement", "agreement with the full network of at least {}"),
+    "max_brier_gap": ("loss", "a Brier score at most {} above the full network's"),
+    "max_loss": ("loss", "a mean loss of at most {}"),
 }
 
 
@@ -64,11 +104,12 @@ def resolve(trace: Trace, given: dict[str, float | None]) -> Goal:
     ((name, value),) = named.items()
     bounds, words = _BOUNDS[name]
     number = float(value)
-    low = -1.0 if name == "max_accuracy_drop" else 0.0
-    if not low <= number <= (math.inf if bounds == "cost" else 1.0) or math.isinf(number):
+    low = {"max_accuracy_drop": -1.0, "max_brier_gap": -2.0, "max_loss": -math.inf}.get(name, 0.0)
+    high = 1.0 if bounds in ("accuracy", "agreement") else math.inf
+    if not low <= number <= high or math.isinf(number):
         hint = "it is a share of the full network's cost" if name == "max_cost" else "it is a share"
         raise PolicyError(f"{name}={value} is out of range: {hint}, as in {name}=0.5.")
-    if bounds == "accuracy" and trace.labels is None:
+    if bounds in ("accuracy", "loss") and trace.labels is None:
         raise TraceError(
             f"{name} needs labels, and this trace has none. Without labels, thresholds can be "
             f"calibrated for min_agreement= with the full network, or for max_cost=."

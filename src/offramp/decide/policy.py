@@ -102,7 +102,7 @@ class Policy:
         """One sentence: the rule, where its thresholds come from, and what is promised."""
         if self.thresholds is None:
             return "Nothing leaves early: every sample runs through the whole network."
-        shown = ", ".join("off" if value == math.inf else f"{value:.4g}" for value in self.thresholds)
+        shown = ", ".join("off" if v == math.inf else f"{v:.4g}" for v in self.thresholds)
         origin = self.provenance.get("summary", "set by hand, so nothing is promised")
         return f"Stop at the first exit whose {self.criterion.name} reaches [{shown}]; {origin}."
 

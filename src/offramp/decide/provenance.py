@@ -10,39 +10,56 @@ from torch import Tensor
 from offramp.decide.scored import Scored
 from offramp.decide.trace import Trace
 
-__all__ = ["provenance"]
+__all__ = ["CELLS", "provenance"]
+
+CELLS = 8  # per exit, in which a monitor counts scores: of equal shares on these samples
 
 
-def provenance(
-    trace: Trace, scored: Scored, thresholds: Tensor, right: Tensor, labelled: bool
-) -> dict[str, Any]:
+def provenance(trace: Trace, scored: Scored, thresholds: Tensor) -> dict[str, Any]:
     """The data, and what the thresholds do there, as JSON can hold it.
 
     Args:
         trace: the calibration samples.
         scored: their scores.
         thresholds: (E - 1,) float32.
-        right: (E, N), 1 where leaving at the exit answers right (or as the full network does).
-        labelled: whether ``right`` is about labels.
     """
     taken = scored.exits(thresholds)
     shares = torch.bincount(taken, minlength=scored.num_exits).double() / scored.num_samples
     cost = float(scored.exit_costs(thresholds) @ shares)
-    rate = float(right.gather(0, taken[None]).double().mean())
     answers = scored.predictions.gather(0, taken[None])[0]
-    same = float((answers == trace.logits[-1].argmax(dim=1)).double().mean())
+    achieved: dict[str, Any] = {
+        "cost_ratio": cost,
+        "cost": cost * trace.full_cost,
+        "cost_unit": trace.cost_unit,
+        "agreement": float((answers == trace.logits[-1].argmax(dim=1)).double().mean()),
+        "shares": shares.tolist(),
+    }
+    if trace.labels is not None:
+        achieved["accuracy"] = float((answers == trace.labels).double().mean())
     return {
         "data": {
             "source": trace.source,
             "samples": trace.num_samples,
             "fingerprint": trace.fingerprint,
         },
-        "achieved": {
-            "cost_ratio": cost,
-            "cost": cost * trace.full_cost,
-            "cost_unit": trace.cost_unit,
-            **({"accuracy": rate} if labelled else {}),
-            "agreement": same,
-            "shares": shares.tolist(),
-        },
+        "achieved": achieved,
+        "scores": _cells(scored, taken),
     }
+
+
+def _cells(scored: Scored, taken: Tensor) -> list[dict[str, Any]]:
+    """For each exit, where the scores of those that leave there lie.
+
+    Edges part the scores into cells of about equal shares; ``counts`` has one more number than
+    ``edges``.
+    """
+    out = []
+    for k in range(scored.num_exits):
+        scores = scored.scores[k, taken == k]
+        edges = torch.empty(0)
+        if len(scores):
+            wanted = torch.linspace(0, 1, CELLS + 1)[1:-1]
+            edges = scores.sort().values[(wanted * len(scores)).long()].unique()
+        counts = torch.bincount(torch.bucketize(scores, edges, right=True), minlength=len(edges) + 1)
+        out.append({"edges": edges.tolist(), "counts": counts.tolist()})
+    return out

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from offramp.errors import StageError
+from offramp.run.onnx_empty import allow_empty
 from offramp.run.stages import RowAxis
 
 if TYPE_CHECKING:
@@ -82,7 +83,9 @@ def convert(steps: Sequence[Step]) -> onnx.ModelProto:
         ) from error
     if converted is None:
         raise StageError("torch.onnx gave no model for these stages. Use engine='torch'.")
-    return converted.model_proto
+    model = converted.model_proto
+    allow_empty(model)
+    return model
 
 
 def _dynamic(axis: RowAxis | None, batch: Any) -> dict[int, Any] | None:  # noqa: ANN401

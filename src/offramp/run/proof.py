@@ -36,7 +36,7 @@ ROWS_ALONE = 4  # how many rows of the example are also run one by one
 
 
 def distance(got: Any, wanted: Any) -> float:  # noqa: ANN401
-    """Largest difference of two arrays, relative to the largest value (at least 1) of ``wanted``."""
+    """Largest difference, relative to the largest absolute value of ``wanted`` (at least 1)."""
     got, wanted = (torch.as_tensor(x).detach().double().cpu() for x in (got, wanted))
     return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
 
@@ -54,12 +54,19 @@ def prove(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and as it was afterwards."""
+    """The model in eval mode, and as it was afterwards.
+
+    The fused fast path of ``nn.MultiheadAttention`` is off meanwhile: it cannot be exported, and
+    rounds otherwise than the operators that stand for it in a stage.
+    """
     training = [module for module in model.modules() if module.training]
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module in training:
             module.training = True
 
@@ -98,7 +105,8 @@ def _alone(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
     samples = len(tensors[0])
 
     def every_other(position: int, values: dict[str, Any]) -> np.ndarray:
-        return np.arange(len(values["score"])) % 2 == position % 2
+        mask: np.ndarray = np.arange(len(values["score"])) % 2 == position % 2
+        return mask
 
     answer = runner._execute([runner.engine.array(value) for value in tensors], every_other)
     tolerance = TOLERANCE[runner.engine.exact]
@@ -111,10 +119,10 @@ def _alone(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
         far = distance(logits[row], runner.engine.host(by_itself.logits)[0])
         if not far <= tolerance:  # NaN is a difference too
             raise EqualityError(
-                f"Row {row} of the example leaves at exit {answer.exit[row]} with other logits in a "
-                f"batch than alone: they differ by {far:.2g} (relative, {tolerance:g} allowed)"
-                f"{_first_mixing(model, staged.call, int(row), tolerance)}. Something mixes the rows "
-                "of a batch (statistics over the batch, a reshape that moves the batch), so "
+                f"Row {row} of the example leaves at exit {answer.exit[row]} with other logits in "
+                f"a batch than alone: they differ by {far:.2g} (relative, {tolerance:g} allowed)"
+                f"{_first_mixing(model, staged.call, int(row), tolerance)}. Something mixes the "
+                "rows of a batch (statistics over the batch, a reshape that moves the batch), so "
                 "per-sample exits would change its answers."
             )
 

@@ -166,8 +166,9 @@ class Runner:
         """Answer a batch.
 
         Args:
-            args, kwargs: as the model is called, with torch tensors or numpy arrays; or the one
-                thing that ``example`` was.
+            *args: as the model is called, with torch tensors or numpy arrays; or the one thing
+                that ``example`` was.
+            **kwargs: arguments by name, likewise.
             deadline_ms: answer within this time: where the next stage would end too late, by the
                 times measured here, every row that is left takes the answer it has. The first
                 stage always runs; what came too late is counted in ``stats.missed``.
@@ -250,7 +251,8 @@ class Runner:
 
     def _leaving(self, position: int, values: dict[str, Array]) -> np.ndarray:
         score = self.engine.host(values["score"])
-        return score >= score.dtype.type(self._links[position].threshold)
+        gone: np.ndarray = score >= score.dtype.type(self._links[position].threshold)
+        return gone
 
     def _leaving_by(self, end: float, position: int, values: dict[str, Array]) -> np.ndarray:
         """As by the thresholds, but all where the next stage would end after ``end``."""

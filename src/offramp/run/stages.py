@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -171,21 +172,14 @@ class StagedModel:
 class _Logits(nn.Module):
     """The model as a function of the tensors of a flattened call, one output for each kept exit."""
 
-    def __init__(
-        self, model: MultiExitModel, exits: Sequence[int], leaves: list[Any], spec: pytree.TreeSpec
-    ) -> None:
+    def __init__(self, model: MultiExitModel, exits: Sequence[int], call: Call) -> None:
         super().__init__()
         self.model = model
         self.exits = tuple(exits)
-        self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.spec = spec
+        self.call = call
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        leaves = list(self.leaves)
-        for position, tensor in zip(self.positions, tensors, strict=True):
-            leaves[position] = tensor
-        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        args, kwargs = self.call.build(tensors)
         outputs = self.model(*args, **kwargs)
         return tuple(outputs[k] for k in self.exits)
 
@@ -207,7 +201,7 @@ def cut(model: MultiExitModel, example: object, exits: Sequence[int] | None = No
     last = model.num_exits - 1
     kept = sorted({*(range(last) if exits is None else exits), last})
     call = Call.of(example)
-    program = export(_Logits(model, kept, call.leaves, call.spec), call.tensors)
+    program = export(_Logits(model, kept, call), call.tensors)
     return _Cutter(program, kept, call).staged()
 
 
@@ -229,14 +223,17 @@ def export(module: nn.Module, tensors: Sequence[Tensor]) -> ExportedProgram:
     was = {sub: sub.training for sub in module.modules()}
     module.eval()
     try:
-        with torch.no_grad():
-            program = torch.export.export(
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of itself
+            program: ExportedProgram = torch.export.export(
                 module,
                 tuple(tensors),
                 dynamic_shapes=(tuple({0: batch} for _ in tensors),),
                 strict=False,
             )
-            return program.run_decompositions({})  # functional; no operator is taken apart
+            # Functional; no operator is taken apart.
+            functional: ExportedProgram = program.run_decompositions({})
+            return functional
     except Exception as error:
         raise StageError(_refusal(error)) from error
     finally:
@@ -285,18 +282,13 @@ class _Cutter:
 
     def _batch_symbol(self) -> sympy.Symbol:
         for node in self.inputs:
-            value = node.meta.get("val")
-            if (
-                isinstance(value, Tensor)
-                and value.ndim
-                and isinstance(value.shape[0], torch.SymInt)
-            ):
-                expression = value.shape[0].node.expr
-                if isinstance(expression, sympy.Symbol):
-                    return expression
+            size: Any = node.meta["val"].shape[0]
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                return size.node.expr
         raise StageError(
             "torch.export fixed the batch size of this model to that of the example: some "
-            "operation works for that size only. Look for a reshape with a constant in place of the batch."
+            "operation works for that size only. Look for a reshape with a constant in place of "
+            "the batch."
         )
 
     def _varying(self) -> set[fx.Node]:
@@ -587,7 +579,7 @@ def _hint(size: Any) -> float:  # noqa: ANN401
     return float(size.node.hint or 1) if size.node.has_hint() else 1.0
 
 
-def _ratio(size: torch.SymInt) -> float:
+def _ratio(size: Any) -> float:  # noqa: ANN401
     """How many times the batch a size is, where it is a plain multiple."""
     factor = size.node.expr.as_coeff_Mul()[0]
     return float(factor) if factor.is_Number and factor > 0 else 1.0

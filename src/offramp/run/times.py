@@ -8,13 +8,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from offramp.errors import OfframpError
 from offramp.run.chain import Link, Step
 from offramp.run.engines import Array, Engine, StepCall, engine_of
-from offramp.run.stages import Call
+from offramp.run.stages import Call, RowAxis
 
 __all__ = ["Line", "StageTimes", "fastest", "rows_in_memory"]
 
@@ -139,21 +140,26 @@ def _run(
     everyone = np.arange(rows)
     for link, call in zip(links, calls, strict=True):
         given = [values[name] for name in link.inputs]
-        seconds, outputs = _median(lambda call=call, given=given: _done(engine, call(given)))
+        seconds, outputs = _median(partial(_finished, engine, call, given))
         stages.append(seconds)
         values.update(zip(link.outputs, outputs, strict=True))
         crossing = [(values[n], axis) for n in link.live if (axis := link.rows[n]) is not None]
-        seconds, _ = _median(
-            lambda crossing=crossing: _done(
-                engine, [engine.take(value, axis, everyone) for value, axis in crossing]
-            )
-        )
+        seconds, _ = _median(partial(_taken, engine, crossing, everyone))
         takes.append(seconds)
     return stages, takes
 
 
-def _done(engine: Engine, values: list[Array]) -> list[Array]:
-    """Wait until a device has computed the values."""
+def _finished(engine: Engine, call: StepCall, given: Sequence[Array]) -> list[Array]:
+    """Call, and wait until a device has computed the values."""
+    values = call(given)
+    engine.wait(values[-1])
+    return values
+
+
+def _taken(
+    engine: Engine, crossing: Sequence[tuple[Array, RowAxis]], rows: np.ndarray
+) -> list[Array]:
+    values = [engine.take(value, axis, rows) for value, axis in crossing]
     if values:
         engine.wait(values[-1])
     return values

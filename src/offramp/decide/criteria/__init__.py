@@ -10,16 +10,35 @@ from offramp.decide.criteria.base import (
     criterion_to_json,
     known,
 )
+from offramp.decide.criteria.energy import Energy
+from offramp.decide.criteria.ensembles import (
+    ArithmeticEnsemble,
+    GeometricEnsemble,
+    ProductOfExperts,
+)
 from offramp.decide.criteria.patience import Patience
+from offramp.decide.criteria.power import PowerEntropy
+from offramp.decide.criteria.prototype import ClassMeanDistance
 from offramp.decide.criteria.softmax import Confidence, Entropy, Margin
+from offramp.decide.criteria.tempered import Tempered
+from offramp.decide.criteria.votes import Agreement, Voting
 
 __all__ = [
+    "Agreement",
+    "ArithmeticEnsemble",
+    "ClassMeanDistance",
     "Confidence",
     "Criterion",
+    "Energy",
     "Entropy",
+    "GeometricEnsemble",
     "Margin",
     "Patience",
+    "PowerEntropy",
+    "ProductOfExperts",
     "State",
+    "Tempered",
+    "Voting",
     "criterion",
     "criterion_from_json",
     "criterion_to_json",

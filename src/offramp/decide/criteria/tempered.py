@@ -1,0 +1,68 @@
+"""A temperature for each exit, in front of any rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from offramp.decide.criteria.base import (
+    Criterion,
+    State,
+    criterion,
+    criterion_from_json,
+    criterion_to_json,
+)
+from offramp.errors import PolicyError
+
+__all__ = ["Tempered"]
+
+
+class Tempered(Criterion):
+    """Another criterion on logits divided by a temperature per exit (Guo et al., 2017, equation 9).
+
+    Exits are sure to different degrees; tempered, the same score means about the same everywhere.
+    Answers do not change, and logits leave as they came, unless the inner rule combines exits.
+    :func:`offramp.decide.fitting.fit_temperatures` finds the temperatures on a trace.
+
+    Args:
+        inner: a name or an instance.
+        temperatures: one positive number for each exit, the last included.
+
+    Raises:
+        PolicyError: temperatures that are not positive, or (when it runs) too few.
+    """
+
+    name: ClassVar[str] = "tempered"
+
+    def __init__(self, inner: str | Criterion, temperatures: Sequence[float]) -> None:
+        super().__init__()
+        self.inner = criterion(inner)
+        self.temperatures = tuple(float(value) for value in temperatures)
+        if not self.temperatures or not all(value > 0 for value in self.temperatures):
+            raise PolicyError(
+                f"Temperatures must be positive, one for each exit, got {list(self.temperatures)}."
+            )
+        # As the inner one is: whether exits pass state on, and whether logits are joint.
+        self.stateful = self.inner.stateful  # type: ignore[misc]
+        self.combines = self.inner.combines  # type: ignore[misc]
+
+    def config(self) -> dict[str, Any]:
+        """The inner criterion and the temperatures."""
+        return {"inner": criterion_to_json(self.inner), "temperatures": list(self.temperatures)}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Criterion:
+        """Build from what :meth:`config` returned."""
+        return cls(criterion_from_json(config["inner"]), config["temperatures"])
+
+    def forward(self, logits: Tensor, state: State, exit: int) -> tuple[Tensor, Tensor, State]:
+        """(B, C) -> logits, the inner score of the tempered ones (B,), the inner state."""
+        if exit >= len(self.temperatures):
+            raise PolicyError(
+                f"There are {len(self.temperatures)} temperatures, and this is exit {exit}: fit "
+                f"them on a trace of this network."
+            )
+        joint, score, after = self.inner(logits / self.temperatures[exit], state, exit)
+        return joint if self.inner.combines else logits, score, after

@@ -1,0 +1,174 @@
+"""Parameters of criteria that are fitted on a trace: temperatures and ensemble weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from offramp.decide.criteria import Criterion, GeometricEnsemble, Tempered
+from offramp.decide.trace import Trace
+from offramp.errors import TraceError
+
+__all__ = ["Temperatures", "fit_ensemble", "fit_temperatures", "sampled", "stack", "usable"]
+
+LOWEST, HIGHEST = 0.05, 20.0  # beyond, softmax is a step or flat, and scores lose their order
+ITERATIONS = 60
+ELEMENTS = 20_000_000  # logits that a fit looks at, at most: bounds its memory
+RIDGE = 1.0  # in samples: how much data it takes to move a weight from the plain mean
+
+
+@dataclass(frozen=True)
+class Temperatures:
+    """Temperatures of all exits, and what they are good for on the samples they were fitted on.
+
+    Attributes:
+        values: E temperatures, the last exit included.
+        before: E mean negative log-likelihoods at temperature 1, in nats.
+        after: E of them at the fitted temperatures.
+    """
+
+    values: tuple[float, ...]
+    before: tuple[float, ...]
+    after: tuple[float, ...]
+
+    def apply(self, inner: str | Criterion = "confidence") -> Tempered:
+        """A criterion on the tempered logits."""
+        return Tempered(inner, self.values)
+
+
+def fit_temperatures(trace: Trace) -> Temperatures:
+    """The temperature of each exit that makes its probabilities likeliest (Guo et al., 2017).
+
+    In float64, between 0.05 and 20; the negative log-likelihood is convex in 1 / T, so a bracketing
+    search in ln T finds the least. The better of the fitted one and 1 is kept.
+
+    Args:
+        trace: labelled, of samples that training never saw.
+
+    Raises:
+        TraceError: no labels, or training data.
+    """
+    labels = usable(trace, "Temperatures")
+    values, before, after = [], [], []
+    for logits in trace.logits:
+        plain = _nll(logits, labels, 1.0)
+        fitted = _least(logits, labels)
+        tempered = _nll(logits, labels, fitted)
+        better = tempered < plain
+        values.append(fitted if better else 1.0)
+        before.append(plain)
+        after.append(tempered if better else plain)
+    return Temperatures(tuple(values), tuple(before), tuple(after))
+
+
+def fit_ensemble(trace: Trace) -> GeometricEnsemble:
+    """A geometric ensemble whose weights are the likeliest (Wołczyk et al., 2021, section 3.2).
+
+    For each exit, one weight for it and for every exit before it, and an offset per class, by
+    penalised maximum likelihood in float64 (a convex problem). The penalty pulls to "this exit
+    alone" and is worth one sample.
+
+    Args:
+        trace: labelled, of samples that training never saw.
+
+    Raises:
+        TraceError: no labels, or training data.
+    """
+    usable(trace, "An ensemble")
+    logs, labels = sampled(trace)
+    weights, offsets = [], []
+    for k in range(trace.num_exits):
+        own = torch.zeros(k + 1, dtype=torch.float64)
+        own[k] = 1.0
+        weight, offset = stack((logs[: k + 1], labels), own)
+        weights.append(weight.tolist())
+        offsets.append(offset.tolist())
+    return GeometricEnsemble(weights, offsets)
+
+
+def usable(trace: Trace, what: str) -> Tensor:
+    """The labels of a trace that something may be fitted on.
+
+    Raises:
+        TraceError: no labels, or training data.
+    """
+    if trace.source == "training":
+        raise TraceError(
+            f"{what} must not be fitted on a trace of training data: the exits are surer there "
+            f"than they will ever be again. Record held-out samples instead."
+        )
+    if trace.labels is None:
+        raise TraceError(f"{what} can only be fitted on a trace with labels; this one has none.")
+    return trace.labels
+
+
+def _nll(logits: Tensor, labels: Tensor, temperature: float) -> float:
+    """Mean negative log-likelihood in nats, summed in float64."""
+    total = 0.0
+    step = max(1, ELEMENTS // logits.shape[1])
+    for start in range(0, len(logits), step):
+        part = slice(start, start + step)
+        scaled = logits[part].double() / temperature
+        total += float(functional.cross_entropy(scaled, labels[part], reduction="sum"))
+    return total / len(logits)
+
+
+def _least(logits: Tensor, labels: Tensor) -> float:
+    """The best temperature, by golden section in its logarithm."""
+    ratio = (math.sqrt(5) - 1) / 2
+    low, high = math.log(LOWEST), math.log(HIGHEST)
+    left, right = high - ratio * (high - low), low + ratio * (high - low)
+    at_left, at_right = (_nll(logits, labels, math.exp(x)) for x in (left, right))
+    for _ in range(ITERATIONS):
+        if high - low < 1e-6:
+            break
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - ratio * (high - low)
+            at_left = _nll(logits, labels, math.exp(left))
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + ratio * (high - low)
+            at_right = _nll(logits, labels, math.exp(right))
+    return math.exp((low + high) / 2)
+
+
+def sampled(trace: Trace) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (E, n, C) float64 and labels (n,) of so many samples as memory allows."""
+    labels = usable(trace, "A stack")
+    exits, samples, classes = trace.logits.shape
+    rows = max(1, min(samples, ELEMENTS // (exits * classes)))
+    chosen = torch.linspace(0, samples - 1, rows).long()
+    return trace.logits[:, chosen].double().log_softmax(dim=2), labels[chosen]
+
+
+def stack(data: tuple[Tensor, Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of weighted log-probabilities that makes the labels likeliest.
+
+    Args:
+        data: log-probabilities (K, n, C) float64 and labels (n,).
+        start: (K,) float64, the weights to begin with and to be pulled to.
+
+    Returns:
+        Weights (K,) and offsets (C,), float64.
+    """
+    logs, labels = data
+    with torch.enable_grad():
+        weights = start.clone().requires_grad_()
+        offsets = torch.zeros(logs.shape[2], dtype=torch.float64, requires_grad=True)
+        solver = torch.optim.LBFGS([weights, offsets], max_iter=80, line_search_fn="strong_wolfe")
+
+        def closure() -> Tensor:
+            solver.zero_grad()
+            joint = torch.einsum("k,knc->nc", weights, logs) + offsets
+            pull = ((weights - start) ** 2).sum() + (offsets**2).sum()
+            loss: Tensor = functional.cross_entropy(joint, labels) + RIDGE / len(labels) * pull
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        solver.step(closure)  # type: ignore[no-untyped-call, arg-type]
+    return weights.detach(), offsets.detach()

@@ -1,0 +1,154 @@
+"""Exact tests of "the mean loss is above a bound" for losses of two or three values.
+
+Binomial tails are summed in float64 from logarithms; nothing here is an approximation by a normal.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["ScoreTest", "binomial_limit", "enough", "score_test"]
+
+ROOMS = 6.5  # standard deviations that are summed to each side: beyond lies less than 1e-10
+DENSE = 0.5  # step of the nuisance rate, in its own standard deviations
+RARE = 100.0  # expected number of rare samples up to which the nuisance is looked at that closely
+WIDE = (2.0, 5.0, 20.0)  # and beyond, where skewness fades: multiples of that
+
+
+def log_binomial(samples: int, rate: float, count: Tensor) -> Tensor:
+    """ln P(X = count) for X ~ Binomial(samples, rate), float64."""
+    count = count.double()
+    if rate <= 0:
+        return torch.where(count == 0, 0.0, -torch.inf).double()
+    if rate >= 1:
+        return torch.where(count == samples, 0.0, -torch.inf).double()
+    size = torch.tensor(samples, dtype=torch.float64)
+    choose = (size + 1).lgamma() - (count + 1).lgamma() - (size - count + 1).lgamma()
+    return choose + count * math.log(rate) + (size - count) * math.log1p(-rate)
+
+
+@lru_cache(maxsize=4096)
+def binomial_limit(samples: int, bound: float, error: float) -> int:
+    """How many losses of 1 may be seen, for the claim "the rate is at most ``bound``".
+
+    The claim is made where P(Binomial(n, bound) <= losses) <= error, which is where the upper end
+    of Clopper and Pearson's interval (1934) lies at or below the bound.
+
+    Args:
+        samples: n.
+        bound: the rate that is claimed not to be exceeded, in [0, 1).
+        error: the probability with which the claim may be wrong.
+
+    Returns:
+        The largest number, or -1 where even none would not do.
+    """
+    low, high = -1, math.floor(samples * bound)
+    spread = ROOMS * math.sqrt(samples * bound * (1 - bound)) + 2 * ROOMS**2
+    start = max(0, math.floor(samples * bound - spread))
+    tail = log_binomial(samples, bound, torch.arange(start, max(high, start) + 1)).logcumsumexp(0)
+    fits = (tail <= math.log(error)).sum()
+    return max(low, start + int(fits) - 1) if int(fits) else low
+
+
+def enough(bound: float, error: float) -> int:
+    """The least number of samples with which a loss of 0 or 1 could be claimed to be rare."""
+    if bound >= 1:
+        return 1
+    return math.ceil(math.log(error) / math.log1p(-bound))
+
+
+class ScoreTest:
+    """Whether a loss in {-1, 0, 1} has a mean above a bound, by an exact unconditional test.
+
+    The accuracy gap is such a loss: 1 where leaving early lost a right answer, -1 where it won one.
+    The statistic is the score statistic of paired proportions (Tango, 1998, equation 3): the mean
+    loss minus the bound, over its standard error at the most likely rates that have the bound as
+    their mean. What remains unknown under the hypothesis is the rate q of samples at -1; the
+    critical value is the one whose error is within limits at every q (Barnard, 1947), by summing
+    the trinomial.
+
+    Args:
+        samples: n.
+        bound: of the mean, at least 0 and below 1.
+        error: the probability of passing when the mean is above the bound.
+    """
+
+    def __init__(self, samples: int, bound: float, error: float) -> None:
+        self.samples, self.bound, self.error = samples, bound, error
+        self.critical = self._critical()
+
+    def statistic(self, lost: Tensor, won: Tensor) -> Tensor:
+        """The score statistic of counts of 1 and of -1, any shape, float64."""
+        size, bound = float(self.samples), self.bound
+        lost, won = lost.double(), won.double()
+        rest = size - lost - won
+        linear = lost * (1 - bound) + won * (1 - 3 * bound) - 2 * rest * bound
+        root = (linear**2 + 8 * size * won * bound * (1 - bound)).clamp(min=0).sqrt()
+        rate = ((linear + root) / (4 * size)).clamp(min=0)
+        variance = 2 * rate + bound - bound**2
+        gap = (lost - won) / size - bound
+        scaled = gap / (variance / size).sqrt()
+        # Without variance (a bound of 0 and nothing seen) nothing speaks against the hypothesis.
+        return torch.where(variance > 0, scaled, 0.0)
+
+    def passes(self, lost: Tensor, won: Tensor) -> Tensor:
+        """Whether "the mean is at most the bound" may be claimed, bool of the same shape."""
+        return self.statistic(lost, won) < self.critical
+
+    def _critical(self) -> float:
+        """The statistic below which a claim is made: the strictest over all nuisance rates."""
+        size = self.samples
+        near = torch.arange(0.0, math.sqrt(RARE) + 0.5, DENSE / 2) ** 2 / size
+        far = torch.tensor([RARE * factor / size for factor in WIDE])
+        rates = torch.cat([near, far])
+        rates = rates[2 * rates + self.bound < 1].tolist()
+        return min(self._at(rate) for rate in rates) if rates else -math.inf
+
+    def _at(self, rate: float) -> float:
+        """The critical value if the share at -1 were ``rate`` and the mean the bound."""
+        lost, weight = _around(self.samples, rate + self.bound)
+        least, most = int(lost[0]), int(lost[-1])
+        given = rate / (1 - rate - self.bound) if rate > 0 else 0.0
+        low, _ = _ends(self.samples - most, given)
+        _, high = _ends(self.samples - least, given)
+        won = torch.arange(low, high + 1)
+        rest = (self.samples - lost).double()[:, None]
+        count = won.double()[None]
+        inner = (rest + 1).lgamma() - (count + 1).lgamma() - (rest - count + 1).lgamma()
+        if given > 0:
+            inner = inner + count * math.log(given) + (rest - count) * math.log1p(-given)
+        else:
+            inner = torch.where(count == 0, 0.0, -torch.inf).expand_as(inner)
+        inner = torch.where(count <= rest, inner, -torch.inf)
+        mass = (weight[:, None] + inner).exp().flatten()
+        value = self.statistic(lost[:, None], won[None]).flatten()
+        order = value.argsort()
+        tail = mass[order].cumsum(0)
+        # What was not summed counts against the claim.
+        missing = max(0.0, 1.0 - float(tail[-1]))
+        over = (tail + missing > self.error).nonzero()
+        return float(value[order][int(over[0])]) if len(over) else math.inf
+
+
+@lru_cache(maxsize=256)
+def score_test(samples: int, bound: float, error: float) -> ScoreTest:
+    """The test for these figures, made once."""
+    return ScoreTest(samples, bound, error)
+
+
+def _ends(samples: int, rate: float) -> tuple[int, int]:
+    """The counts between which practically all of a binomial lies."""
+    mean = samples * rate
+    spread = ROOMS * math.sqrt(max(mean * (1 - rate), 0.0)) + ROOMS
+    return max(0, math.floor(mean - spread)), min(samples, math.ceil(mean + spread + ROOMS))
+
+
+def _around(samples: int, rate: float) -> tuple[Tensor, Tensor]:
+    """Counts of a binomial that matter, and their log-probabilities."""
+    low, high = _ends(samples, rate)
+    counts = torch.arange(low, high + 1)
+    return counts, log_binomial(samples, rate, counts)

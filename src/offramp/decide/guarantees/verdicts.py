@@ -1,0 +1,119 @@
+"""Whether a risk may be claimed to be within a bound, from sums over samples."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from offramp.decide.guarantees.bounded import (
+    betting_log_wealth,
+    bets,
+    hoeffding_bentkus,
+    mixed,
+)
+from offramp.decide.guarantees.exact import binomial_limit, enough, score_test
+from offramp.decide.guarantees.risks import Risk
+from offramp.errors import PolicyError, unknown_name
+
+__all__ = ["BOUNDS", "Test"]
+
+BOUNDS = ("auto", "betting", "clopper-pearson", "hoeffding-bentkus", "score")
+
+
+class Test:
+    """A test of "the mean loss exceeds the bound", by what has to be summed over samples for it.
+
+    Losses become ``features``: for counts, indicators; for means, the loss; for bets, the log of
+    what each bet wins. Their sums over the samples are all that :meth:`passes` needs, so that a
+    whole path of thresholds is tested with one prefix sum.
+
+    Args:
+        risk: the loss and its limits.
+        bound: the mean that is claimed not to be exceeded.
+        kind: one of ``BOUNDS``; ``"auto"`` is exact for whole losses and betting for others.
+
+    Raises:
+        PolicyError: an unknown bound, one that does not suit the loss, or a bound outside it.
+    """
+
+    __test__ = False  # no test case of pytest's, for all its name
+
+    def __init__(self, risk: Risk, bound: float, kind: str = "auto") -> None:
+        if kind not in BOUNDS:
+            raise PolicyError(unknown_name("bound", kind, BOUNDS))
+        if not 0 <= bound < risk.high:
+            raise PolicyError(
+                f"The bound on the {risk.name} must lie in [0, {risk.high:g}), got {bound}."
+            )
+        if kind == "auto":
+            exact = "clopper-pearson" if risk.low == 0 else "score"
+            kind = exact if risk.whole else "betting"
+        if kind == "clopper-pearson" and not (risk.whole and risk.low == 0):
+            raise PolicyError(
+                f"Clopper-Pearson is for losses of 0 or 1; the {risk.name} lies between "
+                f"{risk.low:g} and {risk.high:g}. Use bound='auto'."
+            )
+        if kind == "score" and not (risk.whole and risk.low == -1):
+            raise PolicyError(
+                f"The score test is for losses of -1, 0 or 1, not for the {risk.name}. "
+                f"Use bound='auto'."
+            )
+        self.risk, self.bound, self.kind = risk, bound, kind
+        self.stakes = bets(bound, risk.low, risk.high)
+
+    def features(self, losses: Tensor) -> Tensor:
+        """What is summed: (F, ...) float64 from losses (...,)."""
+        if self.kind == "score":
+            return torch.stack([losses > 0, losses < 0]).double()
+        if self.kind == "betting":
+            return betting_log_wealth(losses, self.bound, self.stakes)
+        return losses.double()[None]
+
+    def passes(self, sums: Tensor, samples: int, error: float) -> Tensor:
+        """Whether the claim may be made.
+
+        Args:
+            sums: (F, M), sums of the features over the samples, of M settings.
+            samples: how many.
+            error: the probability with which the claim may be wrong.
+
+        Returns:
+            (M,) bool.
+        """
+        if self.kind == "clopper-pearson":
+            return sums[0] <= binomial_limit(samples, self.bound, error) + 0.5
+        if self.kind == "score":
+            return score_test(samples, self.bound, error).passes(sums[0].round(), sums[1].round())
+        if self.kind == "betting":
+            return mixed(sums) >= -math.log(error)
+        mean = sums[0] / samples
+        p = hoeffding_bentkus(mean, samples, self.bound, self.risk.low, self.risk.high)
+        return p <= error
+
+    def needed(self, error: float, most: int = 1 << 24) -> int | None:
+        """The least number of samples with which a loss that is always 0 would pass.
+
+        Returns:
+            The number, or ``None`` where none up to ``most`` does.
+        """
+        if self.kind == "clopper-pearson":
+            return enough(self.bound, error) if self.bound > 0 else None
+        low, high = 0, 1
+        while not self._silent(high, error):
+            low, high = high, 2 * high
+            if high > most:
+                return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self._silent(middle, error) else (middle, high)
+        return high
+
+    def _silent(self, samples: int, error: float) -> bool:
+        """Whether so many samples without any loss pass."""
+        if self.kind == "score":
+            # Without a single gap, rates of -1 near 0 decide: a binomial without a loss.
+            return self.bound > 0 and samples >= enough(self.bound, error)
+        sums = self.features(torch.zeros(1)) * samples
+        return bool(self.passes(sums, samples, error)[0])

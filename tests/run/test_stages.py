@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offramp.build.model import attach
+from offramp.decide.policy import Policy
+from offramp.errors import DataError, StageError
+from offramp.run.runner import Runner
+from offramp.run.stages import RowAxis, cut
+from tests.run.conftest import KINDS, case
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_rows_of_a_folded_dimension(inner: bool) -> None:
+    batch, parts = 5, 3
+    unfolded = torch.arange(batch * parts * 2).reshape(batch, parts, 2)
+    folded = (unfolded.transpose(0, 1) if inner else unfolded).reshape(batch * parts, 2)
+    rows = torch.tensor([4, 1])
+    taken = unfolded[rows]
+    wanted = (taken.transpose(0, 1) if inner else taken).reshape(-1, 2)
+    assert torch.equal(RowAxis(0, parts, inner).take(folded, rows), wanted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stages_share_the_parameters_of_the_model(kind: str) -> None:
+    one = case(kind)
+    own = {p.data_ptr() for p in one.model.parameters()}
+    staged = cut(one.model, one.example)
+    for stage in staged.stages:
+        assert {p.data_ptr() for p in stage.module.parameters()} <= own
+
+
+def test_no_node_runs_in_two_stages() -> None:
+    one = case("cnn")
+    staged = cut(one.model, one.example)
+    convolutions = [
+        node.name
+        for stage in staged.stages
+        for node in stage.module.graph.nodes
+        if "conv2d" in str(node.target)
+    ]
+    whole = sum(isinstance(m, nn.Conv2d) for m in one.model.modules())
+    assert len(convolutions) == len(set(convolutions)) == whole
+
+
+class Windows(nn.Module):
+    """Folds windows into the batch, in either order, across a block."""
+
+    def __init__(self, inner: bool) -> None:
+        super().__init__()
+        self.inner = inner
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, 4, 6)
+        batch = x.shape[0]
+        folded = (x.transpose(0, 1) if self.inner else x).reshape(batch * 4, 6)
+        folded = self.second(torch.relu(self.first(folded)))
+        if self.inner:
+            x = folded.reshape(4, batch, 6).transpose(0, 1)
+        else:
+            x = folded.reshape(batch, 4, 6)
+        return self.fc(x.mean(1))
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_windows_folded_into_the_batch_are_regrouped(inner: bool) -> None:
+    torch.manual_seed(0)
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.shape[0] // 4
+            view = x.reshape(4, rows, 6).transpose(0, 1) if inner else x.reshape(rows, 4, 6)
+            return self.fc(view.mean(1))
+
+    model = attach(Windows(inner).eval(), torch.randn(4, 4, 6), exits={"first": Head()})
+    staged = cut(model, torch.randn(4, 4, 6))
+    (axis,) = [a for a in staged.rows.values() if a is not None and a.multiple == 4]
+    assert axis == RowAxis(0, 4, inner)
+    x = torch.randn(16, 4, 6)
+    with torch.no_grad():
+        first, final = model(x)
+    score = torch.softmax(first, -1).max(-1).values
+    leaves = score >= score.median()
+    got = Runner(model, Policy("confidence", [float(score.median())]), torch.randn(4, 4, 6))(x)
+    assert torch.allclose(got.logits, torch.where(leaves[:, None], first, final), atol=1e-5)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 8)
+        self.gate = Gate()
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.gate(self.first(x)))
+
+
+class Gate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() if x.sum() > 0 else x
+
+
+def test_a_branch_on_values_is_refused_with_the_reason_and_the_way_out() -> None:
+    model = attach(Branching().eval(), torch.randn(4, 12), exits=["first"])
+    with pytest.raises(StageError, match=r"torch.export refuses this model(.|\n)*nn.Sequential"):
+        cut(model, torch.randn(4, 12))
+
+
+def test_an_example_of_one_is_refused() -> None:
+    one = case("mlp")
+    with pytest.raises(DataError, match="at least two samples"):
+        cut(one.model, torch.randn(1, 12))
