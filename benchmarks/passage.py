@@ -164,9 +164,7 @@ def _alone(model: MultiExitModel, batch: Any, select: Callable[..., Any] | None)
     if not torch.isfinite(logits).all():
         raise _Unequal("The network overflows with these random weights.")
     for exit, own in enumerate(logits):
-        spread = min(
-            distance(own[i], own[j]) for i in range(BATCH) for j in range(i)
-        )
+        spread = min(distance(own[i], own[j]) for i in range(BATCH) for j in range(i))
         if spread < APART:
             raise _Unequal(
                 f"Two samples have the same logits within {spread:.1g} at exit {exit}, so that "
@@ -180,7 +178,7 @@ def _alone(model: MultiExitModel, batch: Any, select: Callable[..., Any] | None)
 
 @dataclass(frozen=True)
 class _Decided:
-    """What each sample gets: logits (B, C), exit (B,), and whether a score was too close to call."""
+    """What each sample gets: logits (B, C), exit (B,), whether a score was too close to call."""
 
     thresholds: tuple[float, ...]
     logits: Tensor
@@ -217,7 +215,9 @@ def _decide(logits: Tensor, thresholds: tuple[float, ...]) -> _Decided:
     return _Decided(thresholds, torch.stack(taken), torch.tensor(exits), torch.tensor(close))
 
 
-def _compare(what: str, got: tuple[Any, Any, Any], wanted: _Decided, rows: Any, limit: float) -> float:
+def _compare(
+    what: str, got: tuple[Any, Any, Any], wanted: _Decided, rows: Any, limit: float
+) -> float:
     """The largest relative difference of the logits.
 
     Raises:

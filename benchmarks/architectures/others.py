@@ -51,9 +51,7 @@ class LSTMClassifier(nn.Module):
     def __init__(self, layers: int = 5, width: int = 24) -> None:
         super().__init__()
         self.embedding = nn.Embedding(50, width)
-        self.layers = nn.ModuleList(
-            nn.LSTM(width, width, batch_first=True) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(nn.LSTM(width, width, batch_first=True) for _ in range(layers))
         self.classifier = nn.Linear(width, CLASSES)
 
     def forward(self, tokens: Tensor) -> Tensor:

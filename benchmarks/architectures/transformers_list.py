@@ -1,4 +1,4 @@
-"""Classifiers of Hugging Face, small by their configurations: text, image, audio, video, decoders."""
+"""Classifiers of Hugging Face, small by configuration: text, image, audio, video, decoders."""
 
 from __future__ import annotations
 

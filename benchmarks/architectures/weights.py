@@ -21,7 +21,7 @@ def redraw(model: nn.Module, run: Callable[[], object]) -> nn.Module:
 
     Zero weights (heads, last layers of branches) and the tiny scales of branches would make all
     samples alike, and equality would say nothing. Batch norm gets the statistics of some samples,
-    disturbed a little: those that it starts with (0 and 1) let the signal die away in deep networks.
+    disturbed a little: those it starts with (0 and 1) let the signal die away in deep networks.
 
     Args:
         model: the network.

@@ -137,7 +137,7 @@ class Flow:
         return True
 
 
-class FlowRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class FlowRecorder(TorchDispatchMode):
     """Records operations while active. ``flops`` is the running total, ``time`` the running count.
 
     Args:
@@ -173,7 +173,7 @@ class FlowRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The value a tensor shows now; ``None`` for inputs, parameters and constants."""
         found = self._values.get(_storage_key(tensor))
         # A storage that died may have left its address to another one.
-        if found is None or found[0].expired():  # type: ignore[no-untyped-call]
+        if found is None or found[0].expired():
             return None
         return found[1]
 
@@ -232,7 +232,7 @@ class FlowRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         value = self._count
         self._count += 1
         with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse: no storage
-            storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            storage = StorageWeakRef(tensor.untyped_storage())
             self._values[_storage_key(tensor)] = (storage, value)
         return value
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -130,8 +130,8 @@ def calibrate(
         return kept_policy(trace, rule, goal, wanted)
     if goal.name == "max_latency":
         trace = timed(trace, times)
-    risk = goal.risk(loss, loss_limits) if goal.bounds == "loss" else None
-    task = _Task(trace, rule, method, goal.bounds, seed, risk)
+    watched = goal.risk(loss, loss_limits) if goal.bounds == "loss" else None
+    task = _Task(trace, rule, method, goal.bounds, seed, watched)
     thresholds = _within(task, goal) if goal.bounds == "cost" else _good_enough(task, goal)
     return task.policy(thresholds, goal)
 
@@ -200,7 +200,7 @@ class _Task:
         else:
             self.scored = score(trace, rule)
             self.right = worth.correctness(trace, self.scored)
-            self.full = float((full == trace.labels).double().mean())
+            self.full = float(torch.eq(full, cast("Tensor", trace.labels)).double().mean())
         self.solve = self._solver()
 
     def _solver(self) -> Solver:

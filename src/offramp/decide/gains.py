@@ -12,7 +12,6 @@ from offramp.decide.trace import Trace
 __all__ = ["agreement", "correctness", "smoothed"]
 
 
-
 def correctness(trace: Trace, scored: Scored) -> Tensor:
     """(E, N) float32: 1 where the exit's answer is the label."""
     if trace.labels is None:
@@ -30,8 +29,8 @@ def smoothed(trace: Trace, scored: Scored) -> Tensor:
 
     A label says right or wrong, which is the chance of being right plus noise, and thresholds
     chosen on few samples fit that noise. The chance is therefore also estimated from what all exits
-    say together: a softmax of their weighted log-probabilities (a stack with one weight an exit and
-    one offset a class, fitted by maximum likelihood). The mean of label and estimate has half the
+    say together: a softmax of their weighted log-probabilities (a stack with one weight for each
+    exit, fitted by maximum likelihood). The mean of label and estimate has half the
     noise and half of the estimate's bias.
 
     Returns:
@@ -41,17 +40,17 @@ def smoothed(trace: Trace, scored: Scored) -> Tensor:
     if trace.labels is None:
         return right
     even = torch.full((trace.num_exits,), 1 / trace.num_exits, dtype=torch.float64)
-    weights, offsets = stack(sampled(trace), even)
+    weights = stack(*sampled(trace), even)
     chance = torch.empty_like(right)
     step = max(1, ELEMENTS // (trace.num_classes * trace.num_exits))
     for start in range(0, trace.num_samples, step):
         part = slice(start, start + step)
-        posterior = _combine(trace.logits[:, part], weights, offsets).softmax(dim=1).float()
+        posterior = _combine(trace.logits[:, part], weights).softmax(dim=1).float()
         chance[:, part] = posterior.gather(1, scored.predictions[:, part].T).T
     return (right + chance) / 2
 
 
-def _combine(logits: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+def _combine(logits: Tensor, weights: Tensor) -> Tensor:
     """(E, B, C) -> (B, C) float64."""
-    logs = logits.double().log_softmax(dim=2)
-    return torch.einsum("e,ebc->bc", weights, logs) + offsets
+    mixed: Tensor = torch.tensordot(weights, logits.double().log_softmax(dim=2), dims=1)
+    return mixed

@@ -60,6 +60,8 @@ def _cells(scored: Scored, taken: Tensor) -> list[dict[str, Any]]:
         if len(scores):
             wanted = torch.linspace(0, 1, CELLS + 1)[1:-1]
             edges = scores.sort().values[(wanted * len(scores)).long()].unique()
-        counts = torch.bincount(torch.bucketize(scores, edges, right=True), minlength=len(edges) + 1)
+        counts = torch.bincount(
+            torch.bucketize(scores, edges, right=True), minlength=len(edges) + 1
+        )
         out.append({"edges": edges.tolist(), "counts": counts.tolist()})
     return out

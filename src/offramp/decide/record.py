@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,7 @@ def _shown(loader: Iterable[Any], progress: bool) -> Iterator[Any]:
         return
     from rich.progress import track
 
-    total = len(loader) if hasattr(loader, "__len__") else None
+    total = len(loader) if isinstance(loader, Sized) else None
     yield from track(loader, "recording", total=total, console=console, transient=True)
 
 
@@ -285,5 +285,5 @@ def _digest(model: Any) -> str:  # noqa: ANN401
             digest.update(name.encode())
             if isinstance(value, Tensor):
                 plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(memoryview(plain.numpy()))
+                digest.update(plain.numpy().data)
     return digest.hexdigest()

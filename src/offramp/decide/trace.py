@@ -103,9 +103,9 @@ class Trace:
     def fingerprint(self) -> str:
         """The sha256 of the logits and the labels, as hexadecimal text."""
         digest = hashlib.sha256(repr(tuple(self.logits.shape)).encode())
-        digest.update(memoryview(self.logits.numpy()).cast("B"))
+        digest.update(self.logits.numpy().data.cast("B"))
         if self.labels is not None:
-            digest.update(memoryview(self.labels.numpy()).cast("B"))
+            digest.update(self.labels.numpy().data.cast("B"))
         return digest.hexdigest()
 
     def exit_costs(self, active: Sequence[bool] | None = None) -> Tensor:
@@ -267,7 +267,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
     return about, tensors
 
 
-def _logits(value: Any) -> Tensor:
+def _logits(value: Any) -> Tensor:  # noqa: ANN401
     logits: Tensor = torch.as_tensor(value).detach().to("cpu", torch.float32).contiguous()
     if logits.ndim != 3 or 0 in logits.shape:
         raise TraceError(
@@ -287,7 +287,7 @@ def _logits(value: Any) -> Tensor:
     return logits
 
 
-def _integers(name: str, value: Any, samples: int) -> Tensor | None:
+def _integers(name: str, value: Any, samples: int) -> Tensor | None:  # noqa: ANN401
     if value is None:
         return None
     given = torch.as_tensor(value).detach().to("cpu")
@@ -301,7 +301,7 @@ def _integers(name: str, value: Any, samples: int) -> Tensor | None:
     return given.to(torch.int64).contiguous()
 
 
-def _labels(value: Any, samples: int, classes: int) -> Tensor | None:
+def _labels(value: Any, samples: int, classes: int) -> Tensor | None:  # noqa: ANN401
     labels = _integers("labels", value, samples)
     if labels is not None and not bool(((labels >= 0) & (labels < classes)).all()):
         raise TraceError(
@@ -311,7 +311,7 @@ def _labels(value: Any, samples: int, classes: int) -> Tensor | None:
     return labels
 
 
-def _costs(name: str, value: Any, exits: int) -> Tensor:
+def _costs(name: str, value: Any, exits: int) -> Tensor:  # noqa: ANN401
     costs: Tensor = torch.as_tensor(value, dtype=torch.float64).detach().to("cpu").contiguous()
     if costs.shape != (exits,):
         raise TraceError(

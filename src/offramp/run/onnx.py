@@ -12,8 +12,10 @@ all stages keep the layout that the runtime prefers.
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,8 +60,7 @@ def convert(steps: Sequence[Step]) -> onnx.ModelProto:
         batch = Dim(f"batch_{position}", min=1)
         shapes.append(tuple(_dynamic(step.rows.get(name), batch) for name in step.inputs))
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _quiet():
             program = torch.export.export(
                 _Side([step.module for step in steps]).eval(),
                 # One tensor given twice would be traced as one input of both parts.
@@ -86,6 +87,19 @@ def convert(steps: Sequence[Step]) -> onnx.ModelProto:
     model = converted.model_proto
     allow_empty(model)
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch says of itself: its own deprecations, and packages it does not find."""
+    chatter = logging.getLogger("torch.onnx._internal.exporter._registration")
+    was, chatter.disabled = chatter.disabled, True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        chatter.disabled = was
 
 
 def _dynamic(axis: RowAxis | None, batch: Any) -> dict[int, Any] | None:  # noqa: ANN401

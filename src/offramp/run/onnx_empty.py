@@ -7,6 +7,8 @@ where there is none, and it is cut off again behind them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
@@ -46,7 +48,7 @@ def _guarded(node: onnx.NodeProto, number: int) -> list[onnx.NodeProto]:
     tag = f"empty/{number}"
     made: list[onnx.NodeProto] = []
 
-    def add(kind: str, inputs: list[str], name: str, **attributes: int) -> str:
+    def add(kind: str, inputs: list[str], name: str, **attributes: Any) -> str:  # noqa: ANN401
         made.append(helper.make_node(kind, inputs, [f"{tag}/{name}"], **attributes))
         return f"{tag}/{name}"
 

@@ -49,7 +49,7 @@ def distinct(*hashes: Tensor) -> Tensor:
 
 
 def _cuda_in_use() -> bool:
-    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    return bool(torch.cuda.is_initialized())
 
 
 @contextmanager

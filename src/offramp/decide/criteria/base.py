@@ -38,7 +38,7 @@ class Criterion(nn.Module):
     stateful: ClassVar[bool] = False
     combines: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:
             return  # abstract in between

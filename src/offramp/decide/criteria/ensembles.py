@@ -38,12 +38,12 @@ class ArithmeticEnsemble(Criterion):
 class GeometricEnsemble(Criterion):
     """A weighted geometric mean of the exits so far (Wołczyk et al., 2021, ZTW, equation 4).
 
-    ``p_k(c) ~ b_kc prod_{j<=k} p_j(c)^{w_kj}``. Uniform weights unless they are fitted:
-    :func:`offramp.decide.fitting.fit_ensemble` finds them on a trace by maximum likelihood.
+    ``p_k(c) ~ prod_{j<=k} p_j(c)^{w_kj}``. Uniform weights unless they are fitted:
+    :func:`offramp.decide.fitting.fit_ensemble` finds them on a trace by maximum likelihood. (The
+    paper's class biases are left out: they fit the calibration set's class shares.)
 
     Args:
         weights: K rows for K exits, the last included; row k has the weights of exits 0..k.
-        offsets: K rows of C numbers, ln b; zero by default.
 
     Raises:
         PolicyError: rows of the wrong length, or (when it runs) too few rows.
@@ -53,29 +53,19 @@ class GeometricEnsemble(Criterion):
     stateful: ClassVar[bool] = True
     combines: ClassVar[bool] = True
 
-    weight: Tensor
-    offset: Tensor
-
-    def __init__(
-        self,
-        weights: Sequence[Sequence[float]] | None = None,
-        offsets: Sequence[Sequence[float]] | None = None,
-    ) -> None:
+    def __init__(self, weights: Sequence[Sequence[float]] | None = None) -> None:
         super().__init__()
         self.weights = None if weights is None else [list(map(float, row)) for row in weights]
-        self.offsets = None if offsets is None else [list(map(float, row)) for row in offsets]
         for k, row in enumerate(self.weights or []):
             if len(row) != k + 1:
                 raise PolicyError(
                     f"Row {k} of the ensemble's weights must have {k + 1} numbers, one for each "
                     f"exit up to it, got {len(row)}."
                 )
-        if self.offsets is not None and len(self.offsets) != len(self.weights or []):
-            raise PolicyError("The ensemble needs as many rows of offsets as of weights.")
 
     def config(self) -> dict[str, Any]:
-        """Weights and offsets."""
-        return {"weights": self.weights, "offsets": self.offsets}
+        """The weights."""
+        return {"weights": self.weights}
 
     def forward(self, logits: Tensor, state: State, exit: int) -> tuple[Tensor, Tensor, State]:
         """(B, C) -> joint log-probabilities, the largest probability, all log-probabilities."""
@@ -85,8 +75,6 @@ class GeometricEnsemble(Criterion):
             joint = seen.mean(dim=1)
         else:
             joint = (seen * self._row(exit, own).view(1, -1, 1)).sum(dim=1)
-        if self.offsets is not None:
-            joint = joint + torch.tensor(self.offsets[exit], dtype=own.dtype, device=own.device)
         joint = joint.log_softmax(dim=-1)
         return joint, joint.amax(dim=-1).exp(), (seen,)
 
@@ -100,8 +88,10 @@ class GeometricEnsemble(Criterion):
 
 
 class ProductOfExperts(Criterion):
-    """Exits that rule classes out, one after the other (Jazbec et al., 2023, Towards anytime
-    classification in early-exit architectures by enforcing conditional monotonicity).
+    """Exits that rule classes out, one after the other.
+
+    Jazbec et al., 2023, Towards anytime classification in early-exit architectures by enforcing
+    conditional monotonicity.
 
     ``"relu"`` is their equation 5: ``p_k(c) ~ prod_{j<=k} max(f_j(c), 0)^(1/K_k)`` on the logits f,
     which an exit with a logit below zero rules out; where everything is ruled out, the exit's own

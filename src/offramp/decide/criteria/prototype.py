@@ -15,8 +15,8 @@ class ClassMeanDistance(Criterion):
     """How near the nearest class mean is (Görmez et al., 2022, E2CM, section III).
 
     For prototype heads, whose logits are the negative distances of a feature to the class means.
-    The score is ``1 - d_(1) / d_mean``, one minus the nearest distance over the mean of all: it does
-    not depend on the scale of the features, which differs from exit to exit. From 0, where all
+    The score is ``1 - d_(1) / d_mean``, one minus the nearest distance over the mean of all: it
+    does not depend on the scale of the features, which differs from exit to exit. From 0, where all
     means are equally far, to 1.
     """
 

@@ -40,10 +40,7 @@ class Agreement(Criterion):
     def forward(self, logits: Tensor, state: State, exit: int) -> tuple[Tensor, Tensor, State]:
         """(B, C) -> the same logits, the score (B,) and the sums so far (B, C)."""
         said = logits.argmax(dim=-1, keepdim=True)
-        if self.weighted:
-            voice = logits.softmax(dim=-1)
-        else:
-            voice = _one_hot(said, logits)
+        voice = logits.softmax(dim=-1) if self.weighted else _one_hot(said, logits)
         total = voice if not state else state[0] + voice
         return logits, total.gather(1, said).squeeze(1), (total,)
 
@@ -77,7 +74,7 @@ class Voting(Criterion):
         return {"weights": None if self.weights is None else list(self.weights)}
 
     def forward(self, logits: Tensor, state: State, exit: int) -> tuple[Tensor, Tensor, State]:
-        """(B, C) -> logits whose softmax is the share of votes, the score (B,), the votes (B, C)."""
+        """(B, C) -> logits whose softmax is the share of votes, score (B,), votes (B, C)."""
         if self.weights is not None and exit >= len(self.weights):
             raise PolicyError(
                 f"Voting has {len(self.weights)} weights, and exit {exit} needs one more: give one "
@@ -98,5 +95,3 @@ FLOOR = 1e-12
 def _one_hot(said: Tensor, logits: Tensor) -> Tensor:
     """(B, 1) classes to (B, C) of the logits' type."""
     return functional.one_hot(said.squeeze(1), logits.shape[-1]).to(logits.dtype)
-
-

@@ -20,7 +20,7 @@ WIDE = (2.0, 5.0, 20.0)  # and beyond, where skewness fades: multiples of that
 
 
 def log_binomial(samples: int, rate: float, count: Tensor) -> Tensor:
-    """ln P(X = count) for X ~ Binomial(samples, rate), float64."""
+    """Ln P(X = count) for X ~ Binomial(samples, rate), float64."""
     count = count.double()
     if rate <= 0:
         return torch.where(count == 0, 0.0, -torch.inf).double()
@@ -105,8 +105,8 @@ class ScoreTest:
         near = torch.arange(0.0, math.sqrt(RARE) + 0.5, DENSE / 2) ** 2 / size
         far = torch.tensor([RARE * factor / size for factor in WIDE])
         rates = torch.cat([near, far])
-        rates = rates[2 * rates + self.bound < 1].tolist()
-        return min(self._at(rate) for rate in rates) if rates else -math.inf
+        kept = rates[2 * rates + self.bound < 1].tolist()
+        return min(self._at(rate) for rate in kept) if kept else -math.inf
 
     def _at(self, rate: float) -> float:
         """The critical value if the share at -1 were ``rate`` and the mean the bound."""

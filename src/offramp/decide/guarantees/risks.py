@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-
 from torch import Tensor
 
 from offramp.decide.criteria import Criterion
@@ -127,5 +126,3 @@ def _kept(scored: Scored) -> Tensor:
     if scored.losses is None:  # pragma: no cover - asked for above
         raise PolicyError("No losses were computed.")
     return scored.losses
-
-

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from offramp.decide.guarantees.bounded import (
-    betting_log_wealth,
     bets,
+    betting_log_wealth,
     hoeffding_bentkus,
     mixed,
 )

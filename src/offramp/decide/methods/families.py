@@ -1,7 +1,7 @@
 """The published ways to set thresholds: each a line from dear to cheap, with one dial to turn.
 
-A family is built from scores (and gains, where it looks at labels) and maps a position from 0, where
-nobody leaves early, to 1, where everyone leaves at the first exit, to thresholds.
+A family is built from scores (and gains, where it looks at labels) and maps a position from 0,
+where nobody leaves early, to 1, where everyone leaves at the first exit, to thresholds.
 """
 
 from __future__ import annotations

@@ -4,73 +4,74 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.decide.ranks import Ranks
 from offramp.decide.scored import Scored
 
-__all__ = ["Landscape", "odds", "shares"]
+__all__ = ["Array", "Landscape", "Used", "odds", "shares"]
 
-ROWS = 20_000  # beyond it, sampling noise is far below what any test set could show
+Array = NDArray[np.float64]
+Used = NDArray[np.bool_]
+
 EDGE = 1e-4  # shares are kept this far from 0 and 1, where log-odds end
+NUDGE = 0.1  # log-odds, the first step towards the budget
+REACH = 4.0  # log-odds, the longest step
+FLAT = 1e-3  # of the full cost for one log-odds: flatter is treated as this
+SECANTS = 3
+NEAR = 0.01  # of the budget: how near is near enough to compare gains
 
 
-def odds(share: Tensor) -> Tensor:
+def odds(share: Array) -> Array:
     """Log-odds of shares: the scale on which thresholds are moved."""
-    return share.clamp(EDGE, 1 - EDGE).logit()
+    inner = np.clip(share, EDGE, 1 - EDGE)
+    return np.log(inner / (1 - inner))
 
 
-def shares(log_odds: Tensor) -> Tensor:
+def shares(log_odds: Array) -> Array:
     """Shares of log-odds."""
-    return log_odds.sigmoid()
+    return 1 / (1 + np.exp(-np.clip(log_odds, -50, 50)))
 
 
 @dataclass(frozen=True, eq=False)
 class Landscape:
     """A sample of rows, each exit's score as the share of all samples above it.
 
+    NumPy rather than torch: a search calls it thousands of times with small arrays, where the time
+    of a call is what counts.
+
     Attributes:
         above: (K, n) float32, K = E - 1; a row leaves at k where ``above < share``.
         gains: (E, n) float32.
         stages: (E,) float64, shares of the full cost.
         heads: (E,) float64, likewise.
-        weights: (n,) float32, the share of the mean that each row has; they sum to 1.
     """
 
-    above: Tensor
-    gains: Tensor
-    stages: Tensor
-    heads: Tensor
-    weights: Tensor
+    above: NDArray[np.float32]
+    gains: NDArray[np.float32]
+    stages: Array
+    heads: Array
 
     @classmethod
-    def of(cls, scored: Scored, gains: Tensor, ranks: Ranks, seed: int) -> Landscape:
-        """The landscape of a random sample of at most ``ROWS`` rows."""
-        samples = scored.num_samples
-        rows = torch.arange(samples)
-        if samples > ROWS:
-            rows = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))[:ROWS]
+    def of(cls, scored: Scored, gains: Tensor, ranks: Ranks) -> Landscape:
+        """The landscape of scored samples, by ranks among samples that may be more."""
         return cls(
-            ranks.above(scored.scores[:-1, rows]).float(),
-            gains[:, rows].float(),
-            scored.stages,
-            scored.heads,
-            torch.full((len(rows),), 1 / len(rows)),
+            ranks.above(scored.scores[:-1]).numpy(),
+            gains.float().contiguous().numpy(),
+            scored.stages.numpy(),
+            scored.heads.numpy(),
         )
 
-    def rows(self, index: Tensor) -> Landscape:
+    def rows(self, index: NDArray[np.int64]) -> Landscape:
         """The landscape of some of the rows."""
-        weights = self.weights[index]
+        above, gains = self.above[:, index], self.gains[:, index]
         return Landscape(
-            self.above[:, index].contiguous(),
-            self.gains[:, index].contiguous(),
-            self.stages,
-            self.heads,
-            weights / weights.sum(),
+            np.ascontiguousarray(above), np.ascontiguousarray(gains), self.stages, self.heads
         )
 
-    def means(self, log_odds: Tensor, on: Tensor) -> tuple[Tensor, Tensor]:
+    def means(self, log_odds: Array, on: Used) -> tuple[Array, Array]:
         """Mean cost and mean gain of M settings.
 
         Args:
@@ -78,28 +79,36 @@ class Landscape:
             on: (K,) bool, the exits that are in use; the heads of the others do not run.
 
         Returns:
-            Cost (M,) float64 and gain (M,) float64.
+            Cost (M,) and gain (M,).
         """
-        count = len(log_odds)
-        share = shares(log_odds)
-        here = self.weights.expand(count, -1)  # the weight of each row that is still on its way
-        cost = torch.zeros(count, dtype=torch.float64)
-        gain = torch.zeros(count, dtype=torch.float64)
-        mass = torch.ones(count, dtype=torch.float64)
-        for k in range(self.above.shape[0]):
-            cost += mass * self.stages[k]
+        share = shares(log_odds).astype(np.float32)
+        rows = self.gains.shape[1]
+        here = np.ones((len(share), rows), np.float32)  # 1 for a row that is still on its way
+        cost, gain = np.zeros(len(share)), np.zeros(len(share))
+        left = np.full(len(share), float(rows))
+        for k in range(len(self.above)):
+            cost += left * self.stages[k]
             if not on[k]:
                 continue
-            cost += mass * self.heads[k]
-            stays = here * (self.above[k] >= share[:, k, None])
-            gain += ((here - stays) @ self.gains[k]).double()
-            here = stays
-            mass = here.sum(dim=1).double()
-        cost += mass * self.stages[-1]
-        gain += (here @ self.gains[-1]).double()
-        return cost, gain
+            cost += left * self.heads[k]
+            gain += here @ self.gains[k]
+            here *= self.above[k] >= share[:, k, None]
+            gain -= here @ self.gains[k]
+            left = here.sum(axis=1, dtype=np.float64)
+        cost += left * self.stages[-1]
+        gain += here @ self.gains[-1]
+        return cost / rows, gain / rows
 
-    def onto(self, log_odds: Tensor, on: Tensor, budget: float) -> tuple[Tensor, Tensor]:
+    def each(self, log_odds: Array, on: Used) -> NDArray[np.float32]:
+        """The gain of every row under one setting, (K,) to (n,)."""
+        share = shares(log_odds)
+        gain: NDArray[np.float32] = self.gains[-1].copy()
+        for k in reversed(range(len(self.above))):
+            if on[k]:
+                gain = np.where(self.above[k] < share[k], self.gains[k], gain)
+        return gain
+
+    def onto(self, log_odds: Array, on: Used, budget: float) -> tuple[Array, Array]:
         """Shift settings as a whole until they cost the budget, by secants from where they stand.
 
         What is left of the way after a few secants is covered for the gain alone, along the last
@@ -114,25 +123,23 @@ class Landscape:
             The shifted settings (M, K) and their gain at the budget (M,), which is ``-inf`` for
             those that stay away from it.
         """
-        before = torch.zeros(len(log_odds), dtype=torch.float64)
+        before = np.zeros(len(log_odds))
         cost0, gain0 = self.means(log_odds, on)
-        here = torch.where(cost0 > budget, NUDGE, -NUDGE)
-        cost1, gain1 = self.means(log_odds + here[:, None].float(), on)
+        here = np.where(cost0 > budget, NUDGE, -NUDGE)
+        cost1, gain1 = self.means(log_odds + here[:, None], on)
         for _ in range(SECANTS):
-            slope = (cost1 - cost0) / (here - before)
-            slope = torch.where(slope > -FLAT, -FLAT, slope)
-            step = ((budget - cost1) / slope).clamp(-REACH, REACH)
+            slope = np.minimum((cost1 - cost0) / _nonzero(here - before), -FLAT)
+            step = np.clip((budget - cost1) / slope, -REACH, REACH)
             before, cost0, gain0, here = here, cost1, gain1, here + step
-            cost1, gain1 = self.means(log_odds + here[:, None].float(), on)
+            cost1, gain1 = self.means(log_odds + here[:, None], on)
+            if np.all(np.abs(cost1 - budget) <= NEAR / 20 * budget):
+                break
         moved = cost1 - cost0
-        price = torch.where(moved.abs() > 1e-9, (gain1 - gain0) / moved, 0.0).clamp(0, 100)
-        gain = gain1 + price * (budget - cost1)
-        gain = torch.where((cost1 - budget).abs() <= NEAR * budget, gain, -torch.inf)
-        return log_odds + here[:, None].float(), gain
+        price = np.where(np.abs(moved) > 1e-6, (gain1 - gain0) / _nonzero(moved), 0.0)
+        gain = gain1 + np.clip(price, 0, 10) * (budget - cost1)
+        gain = np.where(np.abs(cost1 - budget) <= NEAR * budget, gain, -np.inf)
+        return log_odds + here[:, None], gain
 
 
-NUDGE = 0.1  # log-odds, the first step towards the budget
-REACH = 4.0  # log-odds, the longest step
-FLAT = 1e-3  # of the full cost for one log-odds: flatter is treated as this
-SECANTS = 3
-NEAR = 0.01  # of the budget: how near is near enough to compare gains
+def _nonzero(value: Array) -> Array:
+    return np.where(value == 0, 1e-12, value)

@@ -18,11 +18,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from offramp.decide.methods.families import geometric, quantile, shared
-from offramp.decide.methods.landscape import Landscape, odds, shares
+from offramp.decide.methods.landscape import Array, Landscape, Used, odds, shares
+from offramp.decide.methods.lattice import Lattice, is_lattice
 from offramp.decide.methods.turn import turn
 from offramp.decide.ranks import Ranks
 from offramp.decide.scored import Scored
@@ -30,17 +32,20 @@ from offramp.decide.scored import Scored
 __all__ = ["Search"]
 
 STEPS = (1.0, 0.5, 0.25)  # log-odds that an exit is moved by, coarse to fine
-ROUNDS = 4  # of each step, at most
+ROUNDS = 6  # of each step, at most
+PROBE = 0.1  # log-odds, the common shift that tells what cost is worth
 PARTS = 6  # random parts whose settings are averaged
 PART = 0.7  # of the samples, in each part
 WORTH = 2e-4  # the gain for which a head is switched off or on
-WAYS = torch.linspace(0, 1, 5)  # how far to go from the start to what was found
+ROWS = 20_000  # beyond it, sampling noise is far below what any test set could show
+CLIMBS = 3  # starts that are improved
+LINES = (shared, geometric, quantile)
 
 
 @dataclass(frozen=True, eq=False)
 class _Setting:
-    log_odds: Tensor
-    on: Tensor
+    log_odds: Array
+    on: Used
     gain: float
 
 
@@ -54,18 +59,16 @@ class Search:
     """
 
     def __init__(self, scored: Scored, gains: Tensor, seed: int = 0) -> None:
-        self.scored, self.seed = scored, seed
+        self.scored = scored
         self.ranks = Ranks(scored.scores[:-1])
-        self.land = Landscape.of(scored, gains, self.ranks, seed)
-        self.families = [family(scored, gains) for family in (shared, geometric, quantile)]
-        generator = torch.Generator().manual_seed(seed + 1)
-        rows = len(self.land.weights)
-        size = max(1, round(PART * rows))
-        self.parts: list[tuple[Landscape, Landscape]] = []
-        for _ in range(PARTS):
-            order = torch.randperm(rows, generator=generator)
-            inside, outside = order[:size], order[size:]
-            self.parts.append((self.land.rows(inside), self.land.rows(outside)))
+        generator = np.random.default_rng(seed)
+        rows = generator.permutation(scored.num_samples)[:ROWS]
+        chosen = torch.from_numpy(rows)
+        self.few = scored.subset(chosen)
+        self.land = Landscape.of(self.few, gains[:, chosen], self.ranks)
+        self.families = [line(self.few, gains[:, chosen]) for line in LINES]
+        size = max(1, round(PART * len(rows)))
+        self.parts = [self.land.rows(generator.permutation(len(rows))[:size]) for _ in range(PARTS)]
 
     def at(self, budget: float) -> Tensor:
         """Thresholds whose mean cost on the calibration samples is the budget, and not above it.
@@ -76,48 +79,72 @@ class Search:
         Returns:
             (E - 1,) float32.
         """
-        start = self._start(budget)
-        best = self._switch(self._climb(self.land, start, budget), budget)
-        start = self._settle(self.land, start.log_odds, best.on, budget)
-        found, outside = [], torch.zeros(len(WAYS), dtype=torch.float64)
-        for inner, outer in self.parts:
-            seen = self._settle(inner, best.log_odds, best.on, budget)
-            mine = self._climb(inner, seen, budget).log_odds
-            found.append(mine)
-            ways = torch.lerp(start.log_odds[None], mine[None], WAYS[:, None])
-            outside += outer.onto(ways, best.on, budget)[1]
-        way = WAYS[int(outside.argmax())]
-        mean = torch.lerp(start.log_odds, torch.stack(found).mean(0), way)
+        if self.lattice is not None:
+            return self.lattice.at(budget)
+        starts = self._starts(budget)
+        climbed = [self._climb(self.land, start, budget) for start in starts[:CLIMBS]]
+        best = self._switch(max(climbed, key=lambda setting: setting.gain), budget)
+        start = self._settle(self.land, starts[0].log_odds, best.on, budget)
+        found = []
+        for part in self.parts:
+            seen = self._settle(part, best.log_odds, best.on, budget)
+            found.append(self._climb(part, seen, budget).log_odds)
+        way = self._way(start, best)
+        mean = (1 - way) * start.log_odds + way * np.mean(found, axis=0)
         return self._exact(mean, best.on, budget)
 
-    def _start(self, budget: float) -> _Setting:
-        """The best of the lines that fit no label, and of their means."""
-        on = torch.ones(self.scored.num_exits - 1, dtype=torch.bool)
-        ends = [turn(self.scored, family, budget) for family in self.families]
-        lines = torch.stack([odds(self.ranks.reaching(end).float()) for end in ends])
-        pairs = (lines + lines.roll(1, 0)) / 2
-        moved, gain = self.land.onto(torch.cat([lines, pairs]), on, budget)
-        best = int(gain.argmax())
-        return _Setting(moved[best], on, float(gain[best]))
+    def _starts(self, budget: float) -> list[_Setting]:
+        """The lines that fit no label, and the means of two of them, best first."""
+        on = np.ones(self.scored.num_exits - 1, np.bool_)
+        ends = [turn(self.few, family, budget) for family in self.families]
+        lines = np.stack([odds(self.ranks.reaching(end).numpy()) for end in ends])
+        pairs = (lines + np.roll(lines, 1, axis=0)) / 2
+        moved, gain = self.land.onto(np.concatenate([lines, pairs]), on, budget)
+        order = np.argsort(-gain, kind="stable")
+        return [_Setting(moved[i], on, float(gain[i])) for i in order]
 
-    def _settle(self, land: Landscape, log_odds: Tensor, on: Tensor, budget: float) -> _Setting:
+    def _way(self, start: _Setting, best: _Setting) -> float:
+        """How far to go from the start to what was found: all the way if the gain is sure.
+
+        With z the gain in standard errors, z^2 / (z^2 + 1), the shrinkage that is best for a
+        normal mean whose own estimate of size is z.
+        """
+        here = self.land.each(best.log_odds, best.on).astype(np.float64)
+        difference = here - self.land.each(start.log_odds, start.on)
+        spread = float(difference.std())
+        if spread == 0:
+            return 0.0
+        z = max(float(difference.mean()), 0.0) / spread * len(difference) ** 0.5
+        return float(z**2 / (z**2 + 1))
+
+    def _settle(self, land: Landscape, log_odds: Array, on: Used, budget: float) -> _Setting:
         moved, gain = land.onto(log_odds[None], on, budget)
         return _Setting(moved[0], on, float(gain[0]))
 
     def _climb(self, land: Landscape, start: _Setting, budget: float) -> _Setting:
         """Move one exit at a time, on the budget, while the gain grows."""
         here = start
-        used = here.on.nonzero().flatten()
+        unit = np.eye(len(here.on))[here.on]
+        probes = np.full((2, len(here.on)), PROBE) * np.array([[1.0], [-1.0]])
         for step in STEPS:
+            moves = np.concatenate([step * unit, -step * unit, probes])
             for _ in range(ROUNDS):
-                moves = torch.zeros(2 * len(used), len(here.log_odds))
-                moves[torch.arange(len(used)), used] = step
-                moves[torch.arange(len(used)) + len(used), used] = -step
-                tried, gain = land.onto(here.log_odds + moves, here.on, budget)
-                best = int(gain.argmax())
-                if float(gain[best]) <= here.gain:
+                tried = here.log_odds + moves
+                cost, gain = land.means(tried, here.on)
+                # All moves are compared at the budget, by the price that a common shift pays.
+                spread = cost[-1] - cost[-2]
+                price = max((gain[-1] - gain[-2]) / spread, 0.0) if spread > 1e-9 else 0.0
+                worth = gain[:-2] + price * (budget - cost[:-2])
+                better = here
+                for best in np.argsort(-worth, kind="stable")[:2]:
+                    if worth[best] <= here.gain:
+                        break
+                    better = self._settle(land, tried[best], here.on, budget)
+                    if better.gain > here.gain:
+                        break
+                if better.gain <= here.gain:
                     break
-                here = _Setting(tried[best], here.on, float(gain[best]))
+                here = better
         return here
 
     def _switch(self, start: _Setting, budget: float) -> _Setting:
@@ -128,9 +155,9 @@ class Search:
         for _ in range(2 * len(here.on)):
             options = []
             for k in range(len(here.on)):
-                on = here.on.clone()
+                on = here.on.copy()
                 on[k] = not on[k]
-                if bool(on.any()):
+                if on.any():
                     options.append(self._settle(self.land, here.log_odds, on, budget))
             best = max(options, key=lambda option: option.gain, default=here)
             if best.gain <= here.gain + WORTH:
@@ -138,11 +165,13 @@ class Search:
             here = self._climb(self.land, best, budget)
         return here
 
-    def _exact(self, log_odds: Tensor, on: Tensor, budget: float) -> Tensor:
+    def _exact(self, log_odds: Array, on: Used, budget: float) -> Tensor:
         """Thresholds on all samples: the smallest common shift that keeps to the budget."""
+        used = torch.from_numpy(on)
 
         def at(position: float) -> Tensor:
-            thresholds = self.ranks.thresholds(shares(log_odds + 16 * (2 * position - 1)).double())
-            return torch.where(on, thresholds, torch.inf)
+            share = shares(log_odds + 16 * (2 * position - 1))
+            thresholds = self.ranks.thresholds(torch.from_numpy(share))
+            return torch.where(used, thresholds, torch.inf)
 
         return turn(self.scored, at, budget)
