@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.decide import gains as worth
@@ -21,7 +23,11 @@ from offramp.errors import PolicyError
 __all__ = ["Pruned", "prune_exits"]
 
 EXACT = 12  # auxiliary exits, up to which every subset is looked at
-ROWS = 20_000
+ROWS = 8_192
+GRID = 64  # shared thresholds that a subset is judged at; between them it is interpolated
+
+Array = NDArray[np.float64]
+Bits = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ def prune_exits(
     """The subset of exits that is most accurate at a budget, its heads counted.
 
     Every subset is looked at where there are up to 12 auxiliary exits; beyond, exits are dropped
-    one by one while that helps. Each subset is judged under one shared threshold that just spends
+    one by one while that helps. On at most 8,192 samples, each subset is judged under one shared threshold that just spends  # noqa: E501
     the budget: no threshold is fitted to labels, so the comparison between thousands of subsets is
     not won by the one that fits noise best. Calibrate the kept exits afterwards.
 
@@ -88,57 +94,105 @@ def prune_exits(
         )
     whole = score(trace, named)
     right = worth.correctness(trace, whole)
-    everything = tuple(range(trace.num_exits - 1))
     judge = _Judge(whole, right, max_cost)
-    if len(everything) <= EXACT:
-        for size in range(len(everything) + 1):
-            for subset in combinations(everything, size):
-                judge(subset)
-    else:
-        here = everything
-        while here:
-            smaller = [tuple(k for k in here if k != drop) for drop in here]
-            best = max(smaller, key=lambda subset: judge(subset)[0])
-            if judge(best)[0] < judge(here)[0]:
-                break
-            here = best
+    everything = tuple(range(trace.num_exits - 1))
+    seen = judge.all() if len(everything) <= EXACT else _dropping(judge, everything)
     # The fewest exits among the best: a head that changes nothing is a head too many.
-    keep = max(judge.seen, key=lambda subset: (judge.seen[subset][0], -len(subset)))
-    accuracy, cost, threshold = judge.seen[keep]
-    if cost > max_cost:
+    keep = max(seen, key=lambda subset: (seen[subset], -len(subset)))
+    if seen[keep] == -math.inf:
         raise PolicyError(
             f"No subset of the exits costs at most {max_cost:g} of the full network's: the "
-            f"cheapest costs {min(value[1] for value in judge.seen.values()):.4g}."
+            f"earliest exit alone costs {float(whole.exit_costs(torch.zeros(len(everything)))[0]):.4g}."  # noqa: E501
         )
+    used = torch.zeros(len(everything), dtype=torch.bool)
+    used[list(keep)] = True
+    line = shared(whole, right)
+    found = turn(whole, lambda position: torch.where(used, line(position), torch.inf), max_cost)
+    cost, gain = measure(whole, found, right)
+    allowed = turn(whole, line, max_cost)
     return Pruned(
         keep,
-        (threshold,) * len(keep),
-        accuracy,
-        judge(everything)[0],
+        tuple(found[used].tolist()),
+        gain,
+        measure(whole, allowed, right)[1],
         cost,
-        len(judge.seen),
+        len(seen),
     )
 
 
+def _dropping(judge: _Judge, everything: tuple[int, ...]) -> dict[tuple[int, ...], float]:
+    """Drop the exit whose loss helps most, until none helps."""
+    here = everything
+    seen = {here: judge.one(here)}
+    while here:
+        smaller = {tuple(k for k in here if k != drop): 0.0 for drop in here}
+        smaller = {subset: judge.one(subset) for subset in smaller}
+        seen |= smaller
+        best = max(smaller, key=lambda subset: smaller[subset])
+        if smaller[best] < seen[here]:
+            break
+        here = best
+    return seen
+
+
 class _Judge:
-    """Accuracy, cost and threshold of a subset at the budget."""
+    """The gain of subsets at a budget, for a grid of shared thresholds at once.
+
+    Whether a sample reaches a threshold is one bit, so that a walk over all subsets, exit by exit,
+    is a few operations on bits at each of its branches.
+    """
 
     def __init__(self, whole: Scored, right: Tensor, budget: float) -> None:
-        self.whole, self.right, self.budget = whole, right, budget
-        self.line = shared(whole, right)
-        self.seen: dict[tuple[int, ...], tuple[float, float, float]] = {}
+        self.budget, self.samples = budget, whole.num_samples
+        self.stages, self.heads = whole.stages.numpy(), whole.heads.numpy()
+        pool = whole.scores[:-1].flatten().sort().values
+        places = torch.linspace(0, len(pool) - 1, GRID - 1).long()
+        grid = torch.cat([pool[places], torch.tensor([torch.inf])])
+        reach = whole.scores[:-1, None] >= grid[None, :, None]
+        self.reach = np.packbits(reach.numpy(), axis=-1)
+        self.right = np.packbits(right.numpy() > 0.5, axis=-1)
+        self.start = np.packbits(np.ones((GRID, self.samples), np.bool_), axis=-1)
 
-    def __call__(self, subset: tuple[int, ...]) -> tuple[float, float, float]:
-        if subset not in self.seen:
-            used = torch.zeros(self.whole.num_exits - 1, dtype=torch.bool)
-            used[list(subset)] = True
+    def all(self) -> dict[tuple[int, ...], float]:
+        """Every subset."""
+        seen: dict[tuple[int, ...], float] = {}
+        zero = np.zeros(GRID)
+        self._branch((), 0, (self.start, zero, zero), seen, None)
+        return seen
 
-            def at(position: float) -> Tensor:
-                return torch.where(used, self.line(position), torch.inf)
+    def one(self, subset: tuple[int, ...]) -> float:
+        """One subset."""
+        seen: dict[tuple[int, ...], float] = {}
+        zero = np.zeros(GRID)
+        self._branch((), 0, (self.start, zero, zero), seen, set(subset))
+        return seen[subset]
 
-            found = turn(self.whole, at, self.budget)
-            cost, gain = measure(self.whole, found, self.right)
-            gain = gain if cost <= self.budget else -1.0 - cost
-            level = float(found[used][0]) if subset else float("inf")
-            self.seen[subset] = gain, cost, level
-        return self.seen[subset]
+    def _branch(
+        self,
+        chosen: tuple[int, ...],
+        k: int,
+        state: tuple[Bits, Array, Array],
+        seen: dict[tuple[int, ...], float],
+        only: set[int] | None,
+    ) -> None:
+        alive, cost, gain = state
+        left = np.bitwise_count(alive).sum(axis=1, dtype=np.int64)
+        cost = cost + left * self.stages[k]
+        if k == len(self.reach):
+            gain = gain + np.bitwise_count(alive & self.right[k]).sum(axis=1, dtype=np.int64)
+            seen[chosen] = self._at_budget(cost / self.samples, gain / self.samples)
+            return
+        if only is None or k not in only:
+            self._branch(chosen, k + 1, (alive, cost, gain), seen, only)
+        if only is None or k in only:
+            leaves = alive & self.reach[k]
+            won = np.bitwise_count(leaves & self.right[k]).sum(axis=1, dtype=np.int64)
+            after = (alive ^ leaves, cost + left * self.heads[k], gain + won)
+            self._branch((*chosen, k), k + 1, after, seen, only)
+
+    def _at_budget(self, cost: Array, gain: Array) -> float:
+        """The gain where the cost is the budget, between thresholds of the grid."""
+        if cost[0] > self.budget:
+            return -math.inf
+        # Costs rise with the threshold, but for heads that outweigh what leaving there saves.
+        return float(np.interp(self.budget, np.maximum.accumulate(cost), gain))

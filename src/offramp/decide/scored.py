@@ -12,7 +12,7 @@ from offramp.decide.criteria import Criterion
 from offramp.decide.trace import Trace
 from offramp.errors import PolicyError
 
-__all__ = ["Scored", "between", "measure", "score"]
+__all__ = ["Scored", "as_thresholds", "between", "measure", "score"]
 
 CHUNK = 1 << 16
 

@@ -16,6 +16,7 @@ from offramp.decide.criteria.ensembles import (
     GeometricEnsemble,
     ProductOfExperts,
 )
+from offramp.decide.criteria.gates import LearnedGate
 from offramp.decide.criteria.patience import Patience
 from offramp.decide.criteria.power import PowerEntropy
 from offramp.decide.criteria.prototype import ClassMeanDistance
@@ -32,6 +33,7 @@ __all__ = [
     "Energy",
     "Entropy",
     "GeometricEnsemble",
+    "LearnedGate",
     "Margin",
     "Patience",
     "PowerEntropy",

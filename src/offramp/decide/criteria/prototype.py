@@ -26,4 +26,4 @@ class ClassMeanDistance(Criterion):
         """(B, C) -> the same logits and the score (B,); see :class:`Criterion`."""
         distance = (-logits).clamp(min=0)
         nearest = distance.amin(dim=-1)
-        return logits, 1 - nearest / (distance.mean(dim=-1) + 1e-12), state
+        return logits, 1 - nearest / distance.mean(dim=-1).clamp(min=1e-6), state

@@ -17,8 +17,9 @@ def conformal(
 
     Conformal risk control (Angelopoulos et al., 2024, theorem 1): the risk on a new sample,
     averaged over calibration sets too, is at most the bound if
-    ``(sum of losses + high) / (n + 1)`` is, and if no sample's loss falls as the threshold does. Losses that do are replaced by the worst they
-    have been on the way, which makes the theorem apply, at the price of caution.
+    ``(sum of losses + high) / (n + 1)`` is, and if no sample's loss falls as the threshold does.
+    Losses that do are replaced by the worst they have been on the way, which makes the theorem
+    apply, at the price of caution.
 
     Args:
         sweep: the settings.

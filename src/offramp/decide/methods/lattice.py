@@ -57,11 +57,11 @@ class Lattice:
         fits = [state for state in self.walked if self._value(state)[0] <= budget]
         if not fits:
             return self._thresholds(min(self.walked, key=lambda state: self._value(state)[0]))
-        here = max(fits, key=lambda state: self._value(state)[1])
+        here = max(fits, key=self._rank)
         for _ in range(MOVES):
             near = [s for s in self._near(here) if self._value(s)[0] <= budget]
-            best = max(near, key=lambda state: self._value(state)[1], default=here)
-            if self._value(best)[1] <= self._value(here)[1]:
+            best = max(near, key=self._rank, default=here)
+            if self._rank(best) <= self._rank(here):
                 break
             here = best
         return self._thresholds(here)
@@ -71,9 +71,7 @@ class Lattice:
         yield here
         while any(level < size for level, size in zip(here, self.sizes, strict=True)):
             cost, gain = self._value(here)
-            options = [
-                _moved(here, k, 1) for k, size in enumerate(self.sizes) if here[k] < size
-            ]
+            options = [_moved(here, k, 1) for k, size in enumerate(self.sizes) if here[k] < size]
 
             def rate(state: tuple[int, ...], cost: float = cost, gain: float = gain) -> float:
                 cheaper, worth = self._value(state)
@@ -112,6 +110,11 @@ class Lattice:
             )
             self.seen[state] = float(costs[taken].mean()), float(self.gains[taken, rows].mean())
         return self.seen[state]
+
+    def _rank(self, state: tuple[int, ...]) -> tuple[float, float]:
+        """The gain, and of equal gains the cheaper."""
+        cost, gain = self._value(state)
+        return gain, -cost
 
     def _thresholds(self, state: tuple[int, ...]) -> Tensor:
         out = torch.full((len(state),), torch.inf)

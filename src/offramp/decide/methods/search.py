@@ -67,6 +67,7 @@ class Search:
         self.few = scored.subset(chosen)
         self.land = Landscape.of(self.few, gains[:, chosen], self.ranks)
         self.families = [line(self.few, gains[:, chosen]) for line in LINES]
+        self.lattice = Lattice(self.few, gains[:, chosen]) if is_lattice(self.few) else None
         size = max(1, round(PART * len(rows)))
         self.parts = [self.land.rows(generator.permutation(len(rows))[:size]) for _ in range(PARTS)]
 
