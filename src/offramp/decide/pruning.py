@@ -61,7 +61,8 @@ def prune_exits(
     """The subset of exits that is most accurate at a budget, its heads counted.
 
     Every subset is looked at where there are up to 12 auxiliary exits; beyond, exits are dropped
-    one by one while that helps. On at most 8,192 samples, each subset is judged under one shared threshold that just spends  # noqa: E501
+    one by one while that helps. On at most 8,192 samples, each subset is judged under one
+    shared threshold that just spends
     the budget: no threshold is fitted to labels, so the comparison between thousands of subsets is
     not won by the one that fits noise best. Calibrate the kept exits afterwards.
 

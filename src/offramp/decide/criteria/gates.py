@@ -29,7 +29,8 @@ class LearnedGate(Criterion):
 
     A gate sees what is known at its exit: the three largest log-probabilities, the entropy, the
     score of an inner rule, how many earlier exits named the same class, what probability they gave
-    it, and how sure the exit before was (Ilhan et al., 2024, EENet, section 3.2; Regol et al., 2024,  # noqa: E501
+    it, and how sure the exit before was (Ilhan et al., 2024, EENet, section 3.2; Regol et al.,
+    2024,
     JEI-DNN). It is trained on a trace by :func:`offramp.decide.gating.fit_gates` for accuracy minus
     the price of going on; untrained, it is of no use.
 
