@@ -47,7 +47,7 @@ def calibration():
     return _loader(2)
 
 
-def testing():
+def held_out():
     return _loader(3)
 
 
@@ -88,7 +88,7 @@ def fitted(tmp_path_factory):
 
 def test_from_fit_to_evaluate(fitted, tmp_path, capsys):
     traces = {}
-    for name in ("calibration", "testing"):
+    for name in ("calibration", "held_out"):
         traces[name] = tmp_path / f"{name}.safetensors"
         loader = f"{HERE}:{name}"
         said = call(capsys, "record", fitted, "--data", loader, "--out", traces[name])
@@ -100,12 +100,12 @@ def test_from_fit_to_evaluate(fitted, tmp_path, capsys):
     )
     assert said == Policy.load(policy).to_json()
     html, plot = tmp_path / "r.html", tmp_path / "r.png"
-    report = call(capsys, "evaluate", traces["testing"], policy, "--html", html, "--plot", plot)
+    report = call(capsys, "evaluate", traces["held_out"], policy, "--html", html, "--plot", plot)
     assert set(report) >= {"full", "early", "exits", "cost_ratio", "verdict"}
     assert html.read_text().startswith("<!doctype html>")
     assert plot.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):
-        main(["evaluate", str(traces["testing"]), str(policy)])
+        main(["evaluate", str(traces["held_out"]), str(policy)])
     assert report["verdict"].split(":")[0] in capsys.readouterr().out
 
 
