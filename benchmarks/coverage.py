@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from benchmarks.architectures import ARCHITECTURES
-from benchmarks.passage import BATCH, EXITS, Row, onnx_rows, take_through
+from benchmarks.passage import BATCH, EXITS, Row, onnx_rows, take_through, warm_up
 from benchmarks.vision_packages import prepare
 
 HERE = Path(__file__).parent
@@ -85,8 +85,9 @@ def _run(names: list[str] | tuple[str, ...], jobs: int) -> Any:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if len(names) > 1:  # imported once; the processes are forked off
-        for package in ("timm", "torchvision", "transformers", "torch_geometric.nn", "onnxscript"):
+        for package in ("timm", "torchvision", "transformers", "torch_geometric.nn"):
             __import__(package)
+        warm_up(ARCHITECTURES["mlp"])
     context = multiprocessing.get_context("fork")
     waiting = list(names)
     running: dict[Any, tuple[str, Any, float]] = {}

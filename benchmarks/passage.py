@@ -31,7 +31,7 @@ from offramp.run.proof import TOLERANCE, distance, evaluating, prove
 from offramp.run.runner import Runner
 from offramp.run.stages import StagedModel, cut
 
-__all__ = ["BATCH", "Row", "onnx_rows", "take_through"]
+__all__ = ["BATCH", "Row", "onnx_rows", "take_through", "warm_up"]
 
 EXITS = 3
 BATCH = 5  # rows that are compared; the other samples are the example for attach and cut
@@ -134,6 +134,17 @@ def _passage(architecture: Architecture, row: Row, onnx: bool, seed: int) -> Non
         row.largest_difference_onnx = _check_file(steps, staged, batch, alone, wanted.thresholds)
         row.seconds_onnx = round(time.perf_counter() - begin, 2)
         row.onnx = True
+
+
+def warm_up(architecture: Architecture) -> None:
+    """Let torch and its exporters import and build what they do at first use; start no threads."""
+    torch.manual_seed(0)
+    backbone, samples = architecture.build()
+    example = _rows(samples, torch.arange(BATCH, ROWS), None)
+    model = offramp.attach(backbone, example, exits=EXITS)
+    staged = cut(model, example)
+    steps = chain(staged, offramp.Policy("confidence", [0.5] * EXITS), model.num_exits)
+    connect(convert(steps), steps, staged.call.names())
 
 
 # -- samples ---------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def by_hand(logits: torch.Tensor, labels: torch.Tensor, bins: int) -> float:
     return total
 
 
-@pytest.mark.parametrize("bins", [1, 10, 15])
+@pytest.mark.parametrize("bins", [1, 2, 10, 15])
 def test_it_is_the_hand_loop(bins):
     logits = 2 * torch.randn(200, 4)
     labels = torch.randint(0, 4, (200,))

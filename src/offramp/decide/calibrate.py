@@ -207,9 +207,13 @@ class _Task:
         if self.scored.num_exits == 1:
             return lambda budget: torch.empty(0)
         if self.method == "search":
-            gains = self.right
-            if self.about in ("accuracy", "cost"):
-                gains = worth.smoothed(self.trace, self.scored)
+            smooth = self.about in ("accuracy", "cost")
+
+            def gains(rows: Tensor) -> Tensor:
+                if smooth:
+                    return worth.smoothed(self.trace, self.scored, rows)
+                return self.right[:, rows]
+
             choose: Solver = Search(self.scored, gains, self.seed).at
         else:
             family: Family = FAMILIES[self.method](self.scored, self.right)
@@ -226,17 +230,20 @@ class _Task:
 
     def reach(self) -> tuple[float, float]:
         """The least cost that thresholds can have, and that of never leaving early."""
-        least = self.scored.cost(self.cheapest())
-        return least, self.scored.cost(self.off())
+        costs = self.scored.exit_costs(self.off())
+        return self.scored.cost(self.cheapest()), float(costs[-1])
 
     def cheapest(self) -> Tensor:
-        """Everyone leaves at the first exit, or at the end where that is no dearer."""
+        """Everyone leaves at the first exit, or wherever else that is cheapest."""
         aux = self.scored.num_exits - 1
         options = [self.off()]
         for k in range(aux):
             options.append(torch.full((aux,), torch.inf))
             options[-1][k] = -torch.inf
-        return min(options, key=self.scored.cost)
+        # All samples leave at one exit, so its cost is the mean.
+        at = [*[aux], *range(aux)]
+        costs = [float(self.scored.exit_costs(o)[k]) for o, k in zip(options, at, strict=True)]
+        return options[costs.index(min(costs))]
 
     def off(self) -> Tensor:
         """Nobody leaves early."""

@@ -24,18 +24,25 @@ def agreement(scored: Scored) -> Tensor:
     return (scored.predictions == scored.predictions[-1]).float()
 
 
-def smoothed(trace: Trace, scored: Scored) -> Tensor:
+def smoothed(trace: Trace, scored: Scored, rows: Tensor | None = None) -> Tensor:
     """The chance that each exit's answer is right, halfway between label and model.
 
     A label says right or wrong, which is the chance of being right plus noise, and thresholds
     chosen on few samples fit that noise. The chance is therefore also estimated from what all exits
     say together: a softmax of their weighted log-probabilities (a stack with one weight for each
-    exit, fitted by maximum likelihood). The mean of label and estimate has half the
-    noise and half of the estimate's bias.
+    exit, fitted by maximum likelihood). The mean of label and estimate has half the noise and half
+    of the estimate's bias.
+
+    Args:
+        trace: what every exit said.
+        scored: the same samples under a criterion.
+        rows: (n,) int64, the samples to do it for; all by default.
 
     Returns:
-        (E, N) float32.
+        (E, n) float32.
     """
+    if rows is not None:
+        trace, scored = trace.subset(rows), scored.subset(rows)
     right = correctness(trace, scored)
     if trace.labels is None:
         return right

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from offramp.decide import gains as worth
 from offramp.decide.criteria import Criterion, LearnedGate
@@ -16,12 +19,16 @@ from offramp.errors import PolicyError
 
 __all__ = ["fit_gates"]
 
-STEPS = 300
-RATE = 0.02
-DECAY = 0.01
-SHARP = 20.0  # how much of the gain, in log-odds of leaving: soft decisions become hard ones
+STEPS, WARM = 240, 60  # of training for the objective, and before it for being right
+RATE = 0.01
+DECAY = 0.05
+SHARP = (3.0, 12.0)  # log-odds of leaving for one unit of score, first and last: soft, then hard
 PRICES = (0.01, 10.0)  # of the full cost, in accuracy
-DUAL = 0.05  # how fast the price follows the budget
+DUAL = 0.1  # how fast the price follows the budget
+HELD = 0.3  # of the samples say when to stop
+LOOK = 10  # steps between looks at them
+LEVELS = 49  # shared thresholds that a look tries
+HARD = 1e6  # log-odds for one unit of score that leave nothing to chance
 
 
 def fit_gates(
@@ -35,11 +42,13 @@ def fit_gates(
 ) -> LearnedGate:
     """Gates that maximise accuracy minus the price of cost, on a trace.
 
-    Decisions are softened to probabilities while training: the chance of leaving at exit k is
-    ``sigmoid(g_k)`` times that of not having left before, and the expected ``accuracy - price *
-    cost`` under them is maximised over all gates together, by Adam. Gains are smoothed as for the
-    search of thresholds. With a budget instead of a price, the price rises while the expected cost
-    is above it and falls while it is below. Calibrate thresholds afterwards, as for any criterion.
+    Each gate first learns whether its exit is right (logistic regression, a proper start). Then
+    decisions are softened to probabilities: the chance of leaving at exit k is ``sigmoid(g_k)``
+    times that of not having left before, and the expected ``accuracy - price * cost`` under them is
+    maximised over all gates together, by Adam. Gains are smoothed as for the search of thresholds;
+    samples held out say when to stop. With a budget instead of a price, the price rises while the
+    expected cost is above it and falls while it is below. Calibrate thresholds afterwards, as for
+    any criterion.
 
     Args:
         trace: of samples that training never saw; without labels, gates aim at agreement.
@@ -91,21 +100,69 @@ def _train(
     """Maximise the expected gain minus price times cost."""
     budget, price = aim
     inputs = (seen - gate.center[:, None]) / gate.spread[:, None]
+    held = torch.arange(seen.shape[1]) % round(1 / HELD) == 0
     costs = scored.exit_costs(torch.zeros(scored.num_exits - 1)).float()
     solver = torch.optim.AdamW(gate.gates.parameters(), lr=RATE, weight_decay=DECAY)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(solver, 2 * RATE, STEPS)
-    paid = 0.5 if price is None else price
-    for _ in range(STEPS):
-        going = [unit(x).squeeze(1) for unit, x in zip(gate.gates, inputs, strict=True)]
-        chance = torch.stack([SHARP * value for value in going]).sigmoid()
-        left = torch.cat([torch.ones_like(chance[:1]), (1 - chance).cumprod(0)])
-        leaving = left * torch.cat([chance, torch.ones_like(chance[:1])])
-        gain, cost = (leaving * gains).sum(0).mean(), leaving.mean(1) @ costs
-        solver.zero_grad()
-        (paid * cost - gain).backward()
-        solver.step()
-        schedule.step()
+    for _ in range(WARM):
+        odds = _odds(gate, inputs[:, ~held])
+        loss = functional.binary_cross_entropy_with_logits(odds, gains[:-1, ~held])
+        _step(solver, loss)
+    paid = 0.3 if price is None else price
+    outside = (inputs[:, held], gains[:, held], costs)
+    level, best = _line(_odds(gate, outside[0]), *outside[1:], budget, paid)
+    with torch.no_grad():
+        for unit in gate.gates:
+            unit.get_parameter("line.bias").sub_(level)
+    kept = copy.deepcopy(gate.gates.state_dict())
+    for step in range(STEPS):
+        sharp = SHARP[0] + (SHARP[1] - SHARP[0]) * step / STEPS
+        gain, cost = _expected(_odds(gate, inputs[:, ~held]), gains[:, ~held], costs, sharp)
+        _step(solver, paid * cost - gain)
         if budget is not None:
             # In its logarithm, so that the price stays positive and moves by its own measure.
-            over = float(cost.detach()) / budget - 1
-            paid = min(max(paid * math.exp(DUAL * max(min(over, 1.0), -1.0)), PRICES[0]), PRICES[1])
+            over = max(min(float(cost.detach()) / budget - 1, 1.0), -1.0)
+            paid = min(max(paid * math.exp(DUAL * over), PRICES[0]), PRICES[1])
+        if step % LOOK == LOOK - 1:
+            _, value = _line(_odds(gate, outside[0]), *outside[1:], budget, paid)
+            if value > best:
+                best, kept = value, copy.deepcopy(gate.gates.state_dict())
+    gate.gates.load_state_dict(kept)
+
+
+def _step(solver: torch.optim.Optimizer, loss: Tensor) -> None:
+    solver.zero_grad()
+    loss.backward()
+    solver.step()
+
+
+def _odds(gate: LearnedGate, inputs: Tensor) -> Tensor:
+    """(E - 1, n) scores of all gates."""
+    return torch.stack([unit(x) for unit, x in zip(gate.gates, inputs, strict=True)])
+
+
+def _expected(odds: Tensor, gains: Tensor, costs: Tensor, sharp: float) -> tuple[Tensor, Tensor]:
+    """Gain and cost if leaving were a matter of chance."""
+    chance = (sharp * odds).sigmoid()
+    left = torch.cat([torch.ones_like(chance[:1]), (1 - chance).cumprod(0)])
+    leaving = left * torch.cat([chance, torch.ones_like(chance[:1])])
+    return (leaving * gains).sum(0).mean(), leaving.mean(1) @ costs
+
+
+def _line(
+    odds: Tensor, gains: Tensor, costs: Tensor, budget: float | None, price: float
+) -> tuple[float, float]:
+    """The best of shared thresholds on the scores, and what it is worth.
+
+    Within the budget the gain, between thresholds interpolated to it; without one, the gain minus
+    price times cost.
+    """
+    levels = odds.detach().flatten().quantile(torch.linspace(0, 1, LEVELS))
+    with torch.no_grad():
+        points = [_expected(odds - level, gains, costs, HARD) for level in levels]
+    gain, cost = (torch.stack(column).numpy() for column in zip(*points, strict=True))
+    if budget is None:
+        worth_it = gain - price * cost
+        best = int(worth_it.argmax())
+        return float(levels[best]), float(worth_it[best])
+    rising = np.maximum.accumulate(cost)
+    return float(np.interp(budget, rising, levels.numpy())), float(np.interp(budget, rising, gain))

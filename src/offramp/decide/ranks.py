@@ -22,24 +22,21 @@ class Ranks:
     """
 
     def __init__(self, scores: Tensor) -> None:
-        # Highest first: position m is the threshold that the m best samples reach.
-        self.falling = scores.sort(dim=1, descending=True).values
+        self.rising = scores.sort(dim=1).values
 
     @property
     def num_samples(self) -> int:
         """N."""
-        return self.falling.shape[1]
+        return self.rising.shape[1]
 
     def above(self, scores: Tensor) -> Tensor:
         """(K, M) float32: the share of the samples whose score is above each given score."""
-        rising = self.falling.flip(1)
-        below = torch.searchsorted(rising, scores.contiguous(), right=True)
+        below = torch.searchsorted(self.rising, scores.contiguous(), right=True)
         return (1 - below.double() / self.num_samples).float()
 
     def reaching(self, thresholds: Tensor) -> Tensor:
         """(K,) float64: the share of samples that reach each threshold, (K,) float32."""
-        rising = self.falling.flip(1)
-        below = torch.searchsorted(rising, thresholds[:, None].contiguous())
+        below = torch.searchsorted(self.rising, thresholds[:, None].contiguous())
         return 1 - below.squeeze(1).double() / self.num_samples
 
     def thresholds(self, shares: Tensor) -> Tensor:
@@ -62,16 +59,15 @@ class Ranks:
         inner = counts.clamp(1, max(samples - 1, 1))
         counts = torch.where((counts > 0) & (counts < samples), self._parted(inner), counts)
         inner = counts.clamp(1, max(samples - 1, 1))
-        high = self.falling.gather(1, inner - 1)
-        low = self.falling.gather(1, inner.clamp(max=samples - 1))
+        high = self.rising.gather(1, samples - inner)
+        low = self.rising.gather(1, (samples - inner - 1).clamp(min=0))
         middle = between(low, high)
         middle = torch.where(counts <= 0, torch.inf, middle)
         return torch.where(counts >= samples, -torch.inf, middle)
 
     def _parted(self, counts: Tensor) -> Tensor:
         """Each count moved to the nearer end of the run of equal scores that it falls into."""
-        rising = self.falling.flip(1).contiguous()
-        value = self.falling.gather(1, counts - 1)
-        more = self.num_samples - torch.searchsorted(rising, value, right=True)
-        most = self.num_samples - torch.searchsorted(rising, value)
+        value = self.rising.gather(1, self.num_samples - counts)
+        more = self.num_samples - torch.searchsorted(self.rising, value, right=True)
+        most = self.num_samples - torch.searchsorted(self.rising, value)
         return torch.where(counts - more < most - counts, more, most)

@@ -14,6 +14,7 @@ from offramp.errors import PolicyError
 __all__ = ["ArithmeticEnsemble", "GeometricEnsemble", "ProductOfExperts"]
 
 FLOOR = 1e-12  # keeps logarithms finite
+LEAST = 1e-3  # a logit below it counts as it, so that its logarithm is steady
 OUTSIDE = 30.0  # logits below the best of the support: a probability of 1e-13
 
 
@@ -93,12 +94,14 @@ class ProductOfExperts(Criterion):
     Jazbec et al., 2023, Towards anytime classification in early-exit architectures by enforcing
     conditional monotonicity.
 
-    ``"relu"`` is their equation 5: ``p_k(c) ~ prod_{j<=k} max(f_j(c), 0)^(1/K_k)`` on the logits f,
-    which an exit with a logit below zero rules out; where everything is ruled out, the exit's own
-    softmax answers. ``"uniform"`` (Allingham and Nalisnick, 2022) has experts that only say which
-    classes are possible, those with at least a given probability: the support shrinks from exit to
-    exit, so the score, one over its size, and with it the probability of every class that is still
-    possible, never fall. An exit that would leave nothing is not heard.
+    ``"relu"`` is their equation 5: ``p_k(c) ~ prod_{j<=k} max(f_j(c), 0)^(1 / (k + 1))`` on the
+    logits f: an exit rules out the classes whose logit is not above zero, for good; where
+    everything is ruled out, the exit's own softmax answers.
+
+    ``"uniform"`` (Allingham and Nalisnick, 2022) has experts that only say which classes are
+    possible, those with at least a given probability: the support shrinks from exit to exit, so the
+    score, one over its size, and with it the probability of every class that is still possible,
+    never fall. An exit that would leave nothing is not heard.
 
     Args:
         expert: ``"relu"`` or ``"uniform"``.
@@ -126,16 +129,18 @@ class ProductOfExperts(Criterion):
         return {"expert": self.expert, "level": self.level}
 
     def forward(self, logits: Tensor, state: State, exit: int) -> tuple[Tensor, Tensor, State]:
-        """(B, C) -> joint logits, the score (B,), the product so far (B, C)."""
+        """(B, C) -> joint logits, the score (B,), the product and the support so far (B, C)."""
         if self.expert == "uniform":
             return self._uniform(logits, state)
-        own = (logits.clamp(min=0) + FLOOR).log()
-        total = own if not state else state[0] + own
-        joint = (total / (exit + 1)).log_softmax(dim=-1)
-        # Everything ruled out: the best class has been at the floor in some exit.
-        alive = (total > total.new_tensor(FLOOR).log() / 2).any(dim=-1, keepdim=True)
-        joint = torch.where(alive, joint, logits.log_softmax(dim=-1))
-        return joint, joint.amax(dim=-1).exp(), (total,)
+        own = logits.clamp(min=LEAST).log()
+        possible = (logits > 0).to(logits.dtype)
+        if state:
+            own, possible = own + state[0], possible * state[1]
+        joint = own / (exit + 1)
+        joint = torch.where(possible > 0, joint, joint - OUTSIDE)
+        alive = possible.sum(dim=-1, keepdim=True) > 0
+        joint = torch.where(alive, joint, logits).log_softmax(dim=-1)
+        return joint, joint.amax(dim=-1).exp(), (own, possible)
 
     def _uniform(self, logits: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         relative = logits.log_softmax(dim=-1)

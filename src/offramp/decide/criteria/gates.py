@@ -18,10 +18,30 @@ from offramp.decide.criteria.base import (
 )
 from offramp.errors import PolicyError
 
-__all__ = ["LearnedGate"]
+__all__ = ["Gate", "LearnedGate"]
 
 FEATURES = 9
 LOWEST = -12.0  # log-probabilities below it are as good as it
+
+
+class Gate(nn.Module):
+    """A line through the features, and a small correction that begins at nothing.
+
+    Args:
+        hidden: width of the correction's one hidden layer.
+    """
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.line = nn.Linear(FEATURES, 1)
+        self.inner, self.outer = nn.Linear(FEATURES, hidden), nn.Linear(hidden, 1, bias=False)
+        nn.init.zeros_(self.outer.weight)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, F) -> (B,)."""
+        bent: Tensor = self.outer(torch.tanh(self.inner(features)))
+        straight: Tensor = self.line(features)
+        return (straight + bent).squeeze(1)
 
 
 class LearnedGate(Criterion):
@@ -36,7 +56,7 @@ class LearnedGate(Criterion):
 
     Args:
         exits: E, the last included.
-        hidden: width of the one hidden layer.
+        hidden: width of each gate's hidden layer.
         inner: the rule whose logits and score the gates look at: a name or an instance. With an
             ensemble, the gates decide about the ensemble's answers.
 
@@ -54,10 +74,7 @@ class LearnedGate(Criterion):
         self.inner = criterion(inner)
         self.exits, self.hidden = exits, hidden
         self.combines = self.inner.combines  # type: ignore[misc]
-        self.gates = nn.ModuleList(
-            nn.Sequential(nn.Linear(FEATURES, hidden), nn.Tanh(), nn.Linear(hidden, 1))
-            for _ in range(exits - 1)
-        )
+        self.gates = nn.ModuleList(Gate(hidden) for _ in range(exits - 1))
         # Features are brought to mean 0 and spread 1, as on the trace of the fit.
         self.register_buffer("center", torch.zeros(exits - 1, FEATURES))
         self.register_buffer("spread", torch.ones(exits - 1, FEATURES))
@@ -85,7 +102,7 @@ class LearnedGate(Criterion):
                 )
             return out, features[:, 0], after
         scaled = (features - self.center[exit]) / self.spread[exit]
-        return out, self.gates[exit](scaled).squeeze(1), after
+        return out, self.gates[exit](scaled), after
 
     def look(self, logits: Tensor, state: State, exit: int) -> tuple[Tensor, Tensor, State]:
         """What is known at an exit.

@@ -88,8 +88,8 @@ class Voting(Criterion):
         return (broken + FLOOR).log(), votes.amax(dim=-1), (votes,)
 
 
-TIE = 1e-3
-FLOOR = 1e-12
+TIE = 1e-2
+FLOOR = 1e-3
 
 
 def _one_hot(said: Tensor, logits: Tensor) -> Tensor:

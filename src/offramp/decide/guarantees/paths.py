@@ -14,11 +14,15 @@ from offramp.decide.trace import Trace
 
 __all__ = ["best_of_all", "down_the_path", "learn_path"]
 
-BUDGETS = 24
+BUDGETS = 10  # that the search is asked for
+BETWEEN = 4  # steps from one to the next
 
 
 def learn_path(trace: Trace, rule: Criterion, labelled: bool, seed: int) -> list[Tensor]:
-    """Thresholds from never leaving early to the cheapest, by the search at falling budgets.
+    """Thresholds from never leaving early to the cheapest: the search at falling budgets.
+
+    Between two budgets the shares of samples that reach each threshold go evenly from one to the
+    other.
 
     Args:
         trace: samples that the path is not tested on.
@@ -30,15 +34,27 @@ def learn_path(trace: Trace, rule: Criterion, labelled: bool, seed: int) -> list
         Settings (E - 1,), the dearest first.
     """
     scored = score(trace, rule)
-    smooth = worth.smoothed(trace, scored) if labelled else worth.agreement(scored)
-    search = Search(scored, smooth, seed)
+
+    def gains(rows: Tensor) -> Tensor:
+        if labelled:
+            return worth.smoothed(trace, scored, rows)
+        return worth.agreement(scored.subset(rows))
+
+    search = Search(scored, gains, seed)
     off = torch.full((scored.num_exits - 1,), torch.inf)
     first = torch.full_like(off, -torch.inf)
     low, high = scored.cost(first), scored.cost(off)
+    if low >= high:
+        return [off]
+    budgets = [high + (low - high) * step / BUDGETS for step in range(1, BUDGETS)]
+    stops = [off, *(search.at(budget) for budget in budgets), first]
+    shares = torch.stack([search.ranks.reaching(stop) for stop in stops])
     path = [off]
-    for step in range(1, BUDGETS):
-        path.append(search.at(high + (low - high) * step / BUDGETS))
-    return [*path, first] if low < high else path
+    for k in range(1, len(stops)):
+        ways = torch.linspace(0, 1, BETWEEN + 1, dtype=torch.float64)[1:-1, None]
+        path += list(search.ranks.thresholds(torch.lerp(shares[k - 1], shares[k], ways)))
+        path.append(stops[k])
+    return path
 
 
 def tested(

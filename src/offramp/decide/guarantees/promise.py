@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,19 +10,19 @@ from torch import Tensor
 
 from offramp.decide.criteria import Criterion
 from offramp.decide.guarantees.expectation import conformal
-from offramp.decide.guarantees.paths import best_of_all, down_the_path, learn_path
-from offramp.decide.guarantees.risks import Risk, losses
-from offramp.decide.guarantees.sweep import Sweep, walk
+from offramp.decide.guarantees.ground import Ground
+from offramp.decide.guarantees.paths import best_of_all, down_the_path
+from offramp.decide.guarantees.risks import Risk
+from offramp.decide.guarantees.sweep import walk
 from offramp.decide.guarantees.verdicts import Test
 from offramp.decide.scored import Scored
 from offramp.decide.trace import Trace
-from offramp.errors import PolicyError, TraceError, unknown_name
+from offramp.errors import PolicyError, unknown_name
 
 __all__ = ["TESTING", "Kept", "Promise", "promised"]
 
 TESTING = ("fixed-sequence", "bonferroni")
 LEARNED = 0.1  # of the error goes to the learned path, the rest to the one shared threshold
-CHOOSING = 0.4  # of the samples choose the learned path, the rest test it
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Kept:
         way: how they were found: ``"shared"`` threshold or ``"learned"`` path, or ``"none"`` where
             the promise only holds if nobody leaves early.
         tests: the bound that was used.
-        needed: where no samples without any loss could have passed: how many are needed.
+        needed: where there are too few samples to pass even without any loss: how many would do.
+        possible: whether the promise holds at all, if only where nobody leaves early.
     """
 
     thresholds: Tensor
@@ -90,7 +92,7 @@ class Kept:
     possible: bool = True
 
 
-def promised(trace: Trace, rule: Criterion, promise: Promise) -> Kept:
+def promised(trace: Trace, rule: Criterion, promise: Promise, ground: Ground | None = None) -> Kept:
     """The cheapest thresholds that keep the promise.
 
     Two ways are tried, and the error is divided between them so that the cheaper may be taken: one
@@ -98,84 +100,57 @@ def promised(trace: Trace, rule: Criterion, promise: Promise) -> Kept:
     the search chose on other samples (a part of these, set aside). The division favours the first,
     which needs no samples of its own.
 
+    Args:
+        trace: calibration samples.
+        rule: the criterion.
+        promise: what is asked for.
+        ground: what was computed for another promise about the same samples.
+
     Raises:
-        TraceError: labels or groups are wanting.
+        TraceError: labels are wanting, or the trace for the path is of another network.
         PolicyError: the bound does not suit the loss.
     """
-    scored, values = losses(trace, rule, promise.risk)
-    groups = _groups(trace)
-    sweep = Sweep.of(scored)
+    ground = ground or Ground(trace, rule, promise.path, promise.seed)
+    scored, values = ground.losses(promise.risk)
     if isinstance(promise.confidence, str):
-        count, possible = conformal(sweep, values, groups, promise.bound, promise.risk.high)
-        smallest = min(int(rows.sum()) for rows in groups)
-        needed = None
-        if promise.risk.high > promise.bound * (smallest + 1):
-            needed = round(promise.risk.high / promise.bound) if promise.bound > 0 else None
-        shared = _all(scored, sweep.threshold(count))
-        way = "shared" if count else "none"
-        return Kept(shared, scored, values, way, "conformal", needed, possible)
+        return _on_average(ground, promise, scored, values)
     test = Test(promise.risk, promise.bound, promise.kind)
     error = 1 - promise.confidence
     learns = scored.num_exits > 2
     portion = error * (LEARNED if promise.path is None else 0.5) if learns else 0.0
-    count, possible = walk(sweep, test, values, groups, error - portion)
-    found = {"shared": _all(scored, sweep.threshold(count))} if possible else {}
-    if learns:
-        other = _learned(trace, rule, promise, test, (scored, values), portion)
-        if other is not None:
-            found["learned"] = other
+    count, possible = walk(ground.sweep, test, values, ground.groups, error - portion)
+    found = {"shared": _all(scored, ground.sweep.threshold(count))} if possible else {}
+    path = _path(ground, promise) if learns else []
+    if path:
+        testing = down_the_path if promise.testing == "fixed-sequence" else best_of_all
+        other = testing(path, scored, test, values, ground.testing, portion)
+        found |= {} if other is None else {"learned": other}
     least = test.needed(error - portion)
-    short = least is None or least > min(int(rows.sum()) for rows in groups)
-    needed = least if short else None
-    off = torch.full((scored.num_exits - 1,), torch.inf)
+    needed = least if least is not None and least > ground.smallest else None
     if not found:
-        return Kept(off, scored, values, "none", test.kind, needed, False)
+        off = torch.full((scored.num_exits - 1,), torch.inf)
+        return Kept(off, scored, values, "none", test.kind, needed, possible=False)
     way = min(found, key=lambda name: scored.cost(found[name]))
     thresholds = found[way]
-    if bool((thresholds == torch.inf).all()):
-        way = "none"
+    way = "none" if bool((thresholds == torch.inf).all()) else way
     return Kept(thresholds, scored, values, way, test.kind, needed, possible)
 
 
-def _learned(
-    trace: Trace,
-    rule: Criterion,
-    promise: Promise,
-    test: Test,
-    seen: tuple[Scored, Tensor],
-    error: float,
-) -> Tensor | None:
-    """The cheapest setting of a learned path that passes on samples that did not choose it."""
-    scored, values = seen
-    chooser = promise.path
-    rows = torch.ones(trace.num_samples, dtype=torch.bool)
-    if chooser is None:
-        generator = torch.Generator().manual_seed(promise.seed)
-        order = torch.randperm(trace.num_samples, generator=generator)
-        aside = order[: round(CHOOSING * trace.num_samples)]
-        if len(aside) < 2:
-            return None
-        chooser = trace.subset(aside)
-        rows[aside] = False
-    elif chooser.num_exits != trace.num_exits:
-        raise TraceError(
-            f"The trace for the path has {chooser.num_exits} exits, the calibration trace "
-            f"{trace.num_exits}: record both from the same model."
-        )
-    labelled = promise.risk.name != "disagreement" and chooser.labels is not None
-    path = learn_path(chooser, rule, labelled, promise.seed)
-    groups = [group & rows for group in _groups(trace)]
-    if any(not bool(group.any()) for group in groups):
-        return None
-    testing = down_the_path if promise.testing == "fixed-sequence" else best_of_all
-    return testing(path, scored, test, values, groups, error)
+def _on_average(ground: Ground, promise: Promise, scored: Scored, values: Tensor) -> Kept:
+    """By conformal risk control."""
+    high = promise.risk.high
+    count, possible = conformal(ground.sweep, values, ground.groups, promise.bound, high)
+    needed = None
+    if promise.bound > 0 and high > promise.bound * (ground.smallest + 1):
+        needed = math.ceil(high / promise.bound - 1)
+    thresholds = _all(scored, ground.sweep.threshold(count))
+    way = "shared" if count else "none"
+    return Kept(thresholds, scored, values, way, "conformal", needed, possible)
 
 
-def _groups(trace: Trace) -> list[Tensor]:
-    """The samples for which the promise has to hold each: all, or every group."""
-    if trace.groups is None:
-        return [torch.ones(trace.num_samples, dtype=torch.bool)]
-    return [trace.groups == value for value in trace.groups.unique()]
+def _path(ground: Ground, promise: Promise) -> list[Tensor]:
+    chooser = promise.path or ground.trace
+    return ground.path(promise.risk.name != "disagreement" and chooser.labels is not None)
 
 
 def _all(scored: Scored, threshold: float) -> Tensor:

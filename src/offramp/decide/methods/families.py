@@ -113,7 +113,8 @@ def per_exit_accuracy(scored: Scored, gains: Tensor) -> Family:
     rates = gains[:-1].double().gather(1, order).cumsum(1) / counts
     # A rate is that of a threshold only at the end of a run of equal scores.
     ends = torch.ones_like(rates, dtype=torch.bool)
-    ends[:, :-1] = ranks.falling[:, :-1] > ranks.falling[:, 1:]
+    falling = ranks.rising.flip(1)
+    ends[:, :-1] = falling[:, :-1] > falling[:, 1:]
     rates = torch.where(ends, rates, -torch.inf)
     # The best rate from each position on: the largest position that still has the wanted rate.
     best = rates.flip(1).cummax(1).values.flip(1)

@@ -54,6 +54,11 @@ class Landscape:
     stages: Array
     heads: Array
 
+    @property
+    def size(self) -> int:
+        """How many rows."""
+        return int(self.gains.shape[1])
+
     @classmethod
     def of(cls, scored: Scored, gains: Tensor, ranks: Ranks) -> Landscape:
         """The landscape of scored samples, by ranks among samples that may be more."""

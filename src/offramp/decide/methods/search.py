@@ -8,7 +8,8 @@ again. A move stays where the gain grew. Heads are switched off and on likewise.
 
 What keeps it honest on few samples:
 
-* it starts midway between one shared threshold and MSDNet's geometric shares, which fit no label;
+* it starts from lines that fit no label, and stays with MSDNet's geometric shares as far as the
+  gain over them could be chance;
 * gains are smoothed (:mod:`offramp.decide.gains`);
 * it runs on several random parts of the samples, and their mean in log-odds is the answer (bagging:
   Breiman, 1996), because the mean of several good settings moves less with the sample than any.
@@ -16,6 +17,7 @@ What keeps it honest on few samples:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,8 +40,9 @@ PARTS = 6  # random parts whose settings are averaged
 PART = 0.7  # of the samples, in each part
 WORTH = 2e-4  # the gain for which a head is switched off or on
 ROWS = 20_000  # beyond it, sampling noise is far below what any test set could show
+COARSE = 6_000  # of them that the first, long steps are taken on
 CLIMBS = 3  # starts that are improved
-LINES = (shared, geometric, quantile)
+LINES = (geometric, shared, quantile)  # the first is what is held to in doubt
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,21 +57,23 @@ class Search:
 
     Args:
         scored: scores of all exits.
-        gains: (E, N), smoothed or not.
+        gains: of rows (n,) int64 what leaving at each exit is worth there, (E, n).
         seed: of the random parts.
     """
 
-    def __init__(self, scored: Scored, gains: Tensor, seed: int = 0) -> None:
+    def __init__(self, scored: Scored, gains: Callable[[Tensor], Tensor], seed: int = 0) -> None:
         self.scored = scored
         self.ranks = Ranks(scored.scores[:-1])
         generator = np.random.default_rng(seed)
-        rows = generator.permutation(scored.num_samples)[:ROWS]
-        chosen = torch.from_numpy(rows)
-        self.few = scored.subset(chosen)
-        self.land = Landscape.of(self.few, gains[:, chosen], self.ranks)
-        self.families = [line(self.few, gains[:, chosen]) for line in LINES]
-        self.lattice = Lattice(self.few, gains[:, chosen]) if is_lattice(self.few) else None
-        size = max(1, round(PART * len(rows)))
+        rows = torch.from_numpy(generator.permutation(scored.num_samples)[:ROWS])
+        self.few, worth = scored.subset(rows), gains(rows)
+        self.land = Landscape.of(self.few, worth, self.ranks)
+        self.lattice = Lattice(self.few, worth) if is_lattice(self.few) else None
+        # Rows are in random order, so the first ones are as good as any.
+        self.coarse = self.land.rows(np.arange(min(len(rows), COARSE)))
+        self.first = self.few.subset(torch.arange(min(len(rows), COARSE)))
+        self.families = [line(self.first, worth[:, : self.coarse.size]) for line in LINES]
+        size = max(1, min(round(PART * len(rows)), COARSE))
         self.parts = [self.land.rows(generator.permutation(len(rows))[:size]) for _ in range(PARTS)]
 
     def at(self, budget: float) -> Tensor:
@@ -82,27 +87,31 @@ class Search:
         """
         if self.lattice is not None:
             return self.lattice.at(budget)
-        starts = self._starts(budget)
-        climbed = [self._climb(self.land, start, budget) for start in starts[:CLIMBS]]
+        known, starts = self._starts(budget)
+        climbed = [self._climb(self.coarse, start, budget) for start in starts[:CLIMBS]]
         best = self._switch(max(climbed, key=lambda setting: setting.gain), budget)
-        start = self._settle(self.land, starts[0].log_odds, best.on, budget)
+        if self.coarse.size < self.land.size:
+            best = self._settle(self.land, best.log_odds, best.on, budget)
+            best = self._climb(self.land, best, budget, STEPS[-1:])
+        start = self._settle(self.land, known.log_odds, best.on, budget)
         found = []
         for part in self.parts:
             seen = self._settle(part, best.log_odds, best.on, budget)
-            found.append(self._climb(part, seen, budget).log_odds)
+            found.append(self._climb(part, seen, budget, STEPS[1:]).log_odds)
         way = self._way(start, best)
         mean = (1 - way) * start.log_odds + way * np.mean(found, axis=0)
         return self._exact(mean, best.on, budget)
 
-    def _starts(self, budget: float) -> list[_Setting]:
-        """The lines that fit no label, and the means of two of them, best first."""
+    def _starts(self, budget: float) -> tuple[_Setting, list[_Setting]]:
+        """The geometric line, and all lines that fit no label and means of two, best first."""
         on = np.ones(self.scored.num_exits - 1, np.bool_)
-        ends = [turn(self.few, family, budget) for family in self.families]
+        ends = [turn(self.first, family, budget) for family in self.families]
         lines = np.stack([odds(self.ranks.reaching(end).numpy()) for end in ends])
         pairs = (lines + np.roll(lines, 1, axis=0)) / 2
-        moved, gain = self.land.onto(np.concatenate([lines, pairs]), on, budget)
+        moved, gain = self.coarse.onto(np.concatenate([lines, pairs]), on, budget)
         order = np.argsort(-gain, kind="stable")
-        return [_Setting(moved[i], on, float(gain[i])) for i in order]
+        found = [_Setting(moved[i], on, float(gain[i])) for i in range(len(gain))]
+        return found[0], [found[i] for i in order]
 
     def _way(self, start: _Setting, best: _Setting) -> float:
         """How far to go from the start to what was found: all the way if the gain is sure.
@@ -122,12 +131,18 @@ class Search:
         moved, gain = land.onto(log_odds[None], on, budget)
         return _Setting(moved[0], on, float(gain[0]))
 
-    def _climb(self, land: Landscape, start: _Setting, budget: float) -> _Setting:
+    def _climb(
+        self,
+        land: Landscape,
+        start: _Setting,
+        budget: float,
+        steps: tuple[float, ...] = STEPS,
+    ) -> _Setting:
         """Move one exit at a time, on the budget, while the gain grows."""
         here = start
         unit = np.eye(len(here.on))[here.on]
         probes = np.full((2, len(here.on)), PROBE) * np.array([[1.0], [-1.0]])
-        for step in STEPS:
+        for step in steps:
             moves = np.concatenate([step * unit, -step * unit, probes])
             for _ in range(ROUNDS):
                 tried = here.log_odds + moves
@@ -159,11 +174,11 @@ class Search:
                 on = here.on.copy()
                 on[k] = not on[k]
                 if on.any():
-                    options.append(self._settle(self.land, here.log_odds, on, budget))
+                    options.append(self._settle(self.coarse, here.log_odds, on, budget))
             best = max(options, key=lambda option: option.gain, default=here)
             if best.gain <= here.gain + WORTH:
                 return here
-            here = self._climb(self.land, best, budget)
+            here = self._climb(self.coarse, best, budget)
         return here
 
     def _exact(self, log_odds: Array, on: Used, budget: float) -> Tensor:
