@@ -144,7 +144,7 @@ def warm_up(architecture: Architecture) -> None:
     model = offramp.attach(backbone, example, exits=EXITS)
     staged = cut(model, example)
     steps = chain(staged, offramp.Policy("confidence", [0.5] * EXITS), model.num_exits)
-    connect(convert(steps), steps, staged.call.names())
+    connect(convert(steps), steps, staged.call.names)
 
 
 # -- samples ---------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def _check_file(
 ) -> float:
     import onnxruntime
 
-    names = staged.call.names()
+    names = staged.call.names
     file = connect(convert(steps), steps, names).SerializeToString()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

@@ -77,7 +77,7 @@ class TabularTransformer(nn.Module):
         self.classifier = nn.Linear(width, CLASSES)
 
     def forward(self, numbers: Tensor, categories: Tensor) -> Tensor:
-        tokens = [self.class_token.expand(len(numbers), -1, -1)]
+        tokens = [self.class_token.expand(numbers.shape[0], -1, -1)]
         tokens.append(numbers[..., None] * self.scale + self.shift)
         tokens.extend(e(categories[:, i : i + 1]) for i, e in enumerate(self.embeddings))
         x = torch.cat(tokens, 1)

@@ -12,6 +12,7 @@ __all__ = ["redraw", "sharpen"]
 
 SMALL = 1e-3  # a scale of this size or less hides the branch that it multiplies
 WANTED = 0.05  # deviation of logits between samples
+CENTRED = 0.5  # share of the channel's mean that batch norm takes away
 STRONGEST = 50.0  # more would show rounding errors instead of the samples
 
 
@@ -51,12 +52,18 @@ def redraw(model: nn.Module, run: Callable[[], object]) -> nn.Module:
 
 
 def _take_statistics(norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+    """Statistics near those of ``x`` (B, C, ...), that blow up no channel which hardly varies.
+
+    What all samples share is removed in part, and all channels are scaled alike: else each layer
+    would raise rounding errors as much as it raises what tells the samples apart.
+    """
     (x,) = inputs
     dims = [d for d in range(x.ndim) if d != 1]
-    deviation = x.std(dims).nan_to_num().clamp(min=1e-3)
-    noise = torch.randn_like(deviation)
-    norm.running_mean.copy_(x.mean(dims) + 0.1 * deviation * noise)
-    norm.running_var.copy_(deviation.square() * torch.empty_like(deviation).uniform_(0.8, 1.2))
+    mean = CENTRED * x.mean(dims)
+    shape = [-1 if d == 1 else 1 for d in range(x.ndim)]
+    power = float((x - mean.view(shape)).square().mean()) + 1e-12
+    norm.running_mean.copy_(mean + 0.05 * power**0.5 * torch.randn_like(mean))
+    norm.running_var.copy_(power * torch.empty_like(mean).uniform_(0.8, 1.2))
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from benchmarks.passage import take_through
 SAMPLE = {
     "test_byobnet": True,  # cnn
     "inception_next_atto": False,
-    "dla46_c": False,  # branches
+    "dla34": False,  # branches
     "torchvision_swin": False,  # windowed
     "mobilevit_xxs": False,  # hybrid
     "gmlp_ti16_224": False,  # mixer

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -223,10 +225,31 @@ class _Task:
 
         def solve(budget: float) -> Tensor:
             found = choose(budget)
-            # Ties can leave a method nothing within the budget, where the cheapest still is.
-            return found if self.scored.cost(found) <= budget + 1e-12 else self.cheapest()
+            cost, gain = measure(self.scored, found, self.right)
+            if cost > budget + 1e-12:  # ties can leave a method nothing within the budget
+                found, gain = self.cheapest(), -math.inf
+            if self.method == "search":
+                found = self._or_alone(found, gain, budget)
+            return found
 
         return solve
+
+    def _or_alone(self, found: Tensor, gain: float, budget: float) -> Tensor:
+        """The thresholds, or everyone at one exit where that is within the budget and better."""
+        for thresholds, cost, worth_there in self.alone:
+            if cost <= budget + 1e-12 and worth_there > gain:
+                found, gain = thresholds, worth_there
+        return found
+
+    @cached_property
+    def alone(self) -> list[tuple[Tensor, float, float]]:
+        """Everyone at one exit: thresholds, cost and gain, the last exit first."""
+        aux = self.scored.num_exits - 1
+        options = [self.off()]
+        for k in range(aux):
+            options.append(torch.full((aux,), torch.inf))
+            options[-1][k] = -torch.inf
+        return [(option, *measure(self.scored, option, self.right)) for option in options]
 
     def reach(self) -> tuple[float, float]:
         """The least cost that thresholds can have, and that of never leaving early."""
@@ -234,16 +257,8 @@ class _Task:
         return self.scored.cost(self.cheapest()), float(costs[-1])
 
     def cheapest(self) -> Tensor:
-        """Everyone leaves at the first exit, or wherever else that is cheapest."""
-        aux = self.scored.num_exits - 1
-        options = [self.off()]
-        for k in range(aux):
-            options.append(torch.full((aux,), torch.inf))
-            options[-1][k] = -torch.inf
-        # All samples leave at one exit, so its cost is the mean.
-        at = [*[aux], *range(aux)]
-        costs = [float(self.scored.exit_costs(o)[k]) for o, k in zip(options, at, strict=True)]
-        return options[costs.index(min(costs))]
+        """Everyone at the exit where that costs least; of equally cheap ones, the best."""
+        return min(self.alone, key=lambda option: (option[1], -option[2]))[0]
 
     def off(self) -> Tensor:
         """Nobody leaves early."""

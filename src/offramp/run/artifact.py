@@ -83,7 +83,7 @@ def export(
     kept = [k for k, runs in enumerate(policy.active(model.num_exits)) if runs or exits == "all"]
     staged = cut(model, example, kept)
     steps = chain(staged, policy, model.num_exits)
-    names = staged.call.names()
+    names = staged.call.names
     file = connect(convert(steps), steps, names)
     proof = compare_file(file.SerializeToString(), model, policy, staged)
     manifest = {
@@ -183,7 +183,7 @@ def _inputs(call: Call) -> list[dict[str, Any]]:
             "dtype": str(value.dtype).removeprefix("torch."),
             "shape": [None, *value.shape[1:]],
         }
-        for name, value in zip(call.names(), call.tensors, strict=True)
+        for name, value in zip(call.names, call.tensors, strict=True)
     ]
 
 

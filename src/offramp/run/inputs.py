@@ -31,7 +31,7 @@ def check_call(args: tuple[Any, ...], kwargs: dict[str, Any], known: Call) -> li
             f"{known.describe()}. Pass the same arguments as the example has."
         )
     given = call.tensors
-    for name, value, like in zip(known.names(), given, known.tensors, strict=True):
+    for name, value, like in zip(known.names, given, known.tensors, strict=True):
         _check_tensor(name, value, like)
     if len({len(value) for value in given}) != 1:
         raise DataError(

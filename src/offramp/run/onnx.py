@@ -27,6 +27,7 @@ from torch.export import Dim
 
 from offramp.errors import StageError
 from offramp.run.onnx_empty import allow_empty
+from offramp.run.onnx_forms import bring_into_form
 from offramp.run.stages import RowAxis
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def convert(steps: Sequence[Step]) -> onnx.ModelProto:
                 dynamic_shapes=(tuple(shapes),),
                 strict=False,
             )
+            bring_into_form(program)
             converted = torch.onnx.export(
                 program,
                 dynamo=True,

@@ -1,16 +1,22 @@
 """Operators that cannot compute on zero rows, made able to.
 
 Where nobody is left, the later stages of a flat file run on zero rows. Nearly all kernels then
-return at once; the recurrent ones of ONNX Runtime abort the process. They get one row of zeros
-where there is none, and it is cut off again behind them.
+return at once. Two kinds do not:
+
+* the recurrent ones of ONNX Runtime abort the process. They get one row of zeros where there is
+  none, and it is cut off again behind them;
+* a reshape that leaves a size open (-1) beside the batch: of nothing, any size would do. The size
+  is written out where it does not depend on the batch (a group norm is exported so).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.shape_inference
 from onnx import helper, numpy_helper
 
 __all__ = ["allow_empty"]
@@ -21,9 +27,61 @@ RECURRENT = {"LSTM", "GRU", "RNN"}
 INPUTS = (0, 5, 6)  # X, initial_h, initial_c: the batch is dimension 1
 OUTPUT_AXES = (2, 1, 1)  # Y, Y_h, Y_c
 
+LARGEST_SHAPE = 64  # a constant of more entries is a weight, not a shape
+
 
 def allow_empty(model: onnx.ModelProto) -> None:
-    """Rewrite a model in place so that recurrent operators may be given zero rows."""
+    """Rewrite a model in place so that all of its operators may be given zero rows."""
+    _settle_reshapes(model)
+    _pad_recurrent(model)
+
+
+def _settle_reshapes(model: onnx.ModelProto) -> None:
+    graph = model.graph
+    constants = {value.name: value for value in graph.initializer}
+    wanted: dict[str, tuple[onnx.NodeProto, list[int]]] = {}
+    for node in graph.node:
+        if node.op_type == "Reshape" and node.input[1] in constants:
+            sizes = numpy_helper.to_array(constants[node.input[1]]).tolist()
+            if -1 in sizes and 0 in sizes:
+                wanted[node.output[0]] = (node, sizes)
+    if not wanted:
+        return
+    for value in _inferred(model):
+        if value.name not in wanted:
+            continue
+        node, sizes = wanted[value.name]
+        open_at = sizes.index(-1)
+        known = value.type.tensor_type.shape.dim
+        if len(known) == len(sizes) and known[open_at].HasField("dim_value"):
+            sizes[open_at] = known[open_at].dim_value
+            node.input[1] = f"{node.output[0]}/sizes"
+            array = np.array(sizes, np.int64)
+            graph.initializer.append(numpy_helper.from_array(array, node.input[1]))
+
+
+def _inferred(model: onnx.ModelProto) -> Sequence[onnx.ValueInfoProto]:
+    """The shapes of all values, found on a copy without the weights."""
+    source = model.graph
+    graph = onnx.GraphProto()
+    graph.name = source.name
+    graph.node.extend(source.node)
+    graph.input.extend(source.input)
+    graph.output.extend(source.output)
+    for value in source.initializer:
+        if np.prod(value.dims) <= LARGEST_SHAPE:
+            graph.initializer.append(value)
+        else:
+            kind = helper.make_tensor_value_info(value.name, value.data_type, value.dims)
+            graph.input.append(kind)
+    skeleton = helper.make_model(
+        graph, opset_imports=model.opset_import, functions=list(model.functions)
+    )
+    inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+    return [*inferred.graph.value_info, *inferred.graph.output]
+
+
+def _pad_recurrent(model: onnx.ModelProto) -> None:
     graph = model.graph
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:

@@ -21,6 +21,7 @@ import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -92,7 +93,7 @@ class Call:
         """The call ``model(*args, **kwargs)``."""
         return cls(*pytree.tree_flatten((tuple(args), dict(sorted(kwargs.items())))))
 
-    @property
+    @cached_property
     def tensors(self) -> list[Any]:
         """The leaves that are data."""
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor | np.ndarray)]
@@ -111,6 +112,7 @@ class Call:
         named = [f"{name}={value}" for name, value in kwargs.items()]
         return "(" + ", ".join([*map(str, args), *named]) + ")"
 
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """A name for each tensor: its keyword, or its position."""
         paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(self.leaves, self.spec))[0]
@@ -242,13 +244,15 @@ def export(module: nn.Module, tensors: Sequence[Tensor]) -> ExportedProgram:
 
 
 def _refusal(error: Exception) -> str:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = " ".join(lines[:2]) or type(error).__name__  # the second says which constraint
     stack = getattr(error, "__notes__", [])
     where = next((note for note in stack if "nn_module_stack" in note), "")
     return (
-        f"torch.export refuses this model: {type(error).__name__}: {reason.strip()[:400]} {where}"
-        "Make the forward free of branches on tensor values and of sizes that are fixed at "
-        "batch > 1; or cut by hand: build the backbone as an nn.Sequential of traceable parts."
+        f"torch.export refuses this model: {type(error).__name__}: {reason[:400]} {where}"
+        "Make the forward free of branches on tensor values, and of what fixes the batch "
+        "(len(x) in place of x.shape[0] does); or cut by hand: build the backbone as an "
+        "nn.Sequential of traceable parts."
     )
 
 

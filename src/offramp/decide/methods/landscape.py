@@ -20,7 +20,8 @@ EDGE = 1e-4  # shares are kept this far from 0 and 1, where log-odds end
 NUDGE = 0.1  # log-odds, the first step towards the budget
 REACH = 4.0  # log-odds, the longest step
 FLAT = 1e-3  # of the full cost for one log-odds: flatter is treated as this
-SECANTS = 3
+FAR = 12.0  # log-odds, beyond which everyone has left, or nobody
+SECANTS = 8
 NEAR = 0.01  # of the budget: how near is near enough to compare gains
 
 
@@ -131,14 +132,19 @@ class Landscape:
         before = np.zeros(len(log_odds))
         cost0, gain0 = self.means(log_odds, on)
         here = np.where(cost0 > budget, NUDGE, -NUDGE)
+        low = np.where(cost0 > budget, 0.0, -FAR)  # shifts between which the budget lies
+        high = np.where(cost0 > budget, FAR, 0.0)
         cost1, gain1 = self.means(log_odds + here[:, None], on)
         for _ in range(SECANTS):
-            slope = np.minimum((cost1 - cost0) / _nonzero(here - before), -FLAT)
-            step = np.clip((budget - cost1) / slope, -REACH, REACH)
-            before, cost0, gain0, here = here, cost1, gain1, here + step
-            cost1, gain1 = self.means(log_odds + here[:, None], on)
             if np.all(np.abs(cost1 - budget) <= NEAR / 20 * budget):
                 break
+            low, high = np.where(cost1 > budget, here, low), np.where(cost1 > budget, high, here)
+            slope = np.minimum((cost1 - cost0) / _nonzero(here - before), -FLAT)
+            there = here + np.clip((budget - cost1) / slope, -REACH, REACH)
+            outside = (there <= low) | (there >= high)
+            there = np.where(outside, (np.maximum(low, -FAR) + np.minimum(high, FAR)) / 2, there)
+            before, cost0, gain0, here = here, cost1, gain1, there
+            cost1, gain1 = self.means(log_odds + here[:, None], on)
         moved = cost1 - cost0
         price = np.where(np.abs(moved) > 1e-6, (gain1 - gain0) / _nonzero(moved), 0.0)
         gain = gain1 + np.clip(price, 0, 10) * (budget - cost1)

@@ -50,7 +50,9 @@ class Lattice:
             ]
         )
         self.seen: dict[tuple[int, ...], tuple[float, float]] = {}
-        self.walked = list(self._walk())
+        # Everyone at one exit is a setting too, which a walk may pass by.
+        alone = np.diag(self.sizes).tolist()
+        self.walked = [*self._walk(), *map(tuple, alone)]
 
     def at(self, budget: float) -> Tensor:
         """The best setting within the budget, or the cheapest, (E - 1,) float32."""
@@ -87,7 +89,7 @@ class Lattice:
         singles = [
             (k, by)
             for k, size in enumerate(self.sizes)
-            for by in (-1, 1, -here[k])
+            for by in {-1, 1, -here[k], size - here[k]}
             if by and 0 <= here[k] + by <= size
         ]
         for k, by in singles:

@@ -1,0 +1,238 @@
+"""Goals, provenance, and the inputs that are bad."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from offramp.decide import Policy, calibrate, frontier, replay
+from offramp.decide.trace import Trace
+from offramp.errors import Infeasible, PolicyError, TraceError
+from tests.decide.rules import random_trace
+
+TRACE = random_trace(800)
+
+
+def accuracy(trace, policy):
+    return float((replay(trace, policy).prediction == trace.labels).double().mean())
+
+
+FULL = float((TRACE.logits[-1].argmax(1) == TRACE.labels).double().mean())
+
+
+@pytest.mark.parametrize("method", ["search", "shared", "greedy"])
+def test_goals_about_answers_are_met_at_less_cost(method):
+    policy = calibrate(TRACE, max_accuracy_drop=0.03, method=method)
+    assert accuracy(TRACE, policy) >= FULL - 0.03 - 1e-9
+    assert policy.provenance["achieved"]["cost_ratio"] < 0.9
+    policy = calibrate(TRACE, min_accuracy=0.8, method=method)
+    assert accuracy(TRACE, policy) >= 0.8
+    policy = calibrate(TRACE, min_agreement=0.9, method=method)
+    same = replay(TRACE, policy).prediction == TRACE.logits[-1].argmax(1)
+    assert float(same.double().mean()) >= 0.9
+    assert policy.provenance["achieved"]["cost_ratio"] < 0.95
+
+
+def test_a_loss_of_ones_own_without_a_promise():
+    policy = calibrate(TRACE, max_brier_gap=0.05)
+    assert policy.provenance["achieved"]["cost_ratio"] < 0.95
+
+    def miss(logits, labels):
+        return 1 - logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+
+    policy = calibrate(TRACE, max_loss=0.4, loss=miss, loss_limits=(0, 1))
+    out = replay(TRACE, policy)
+    assert float(miss(out.logits, TRACE.labels).mean()) <= 0.4 + 1e-6
+
+
+def test_latency_is_a_cost_in_milliseconds():
+    times = ([3.0, 2.0, 2.0, 3.0], [0.5, 0.5, 0.5])
+    policy = calibrate(TRACE, max_latency=6.0, times=times)
+    achieved = policy.provenance["achieved"]
+    assert achieved["cost_unit"] == "ms"
+    assert 5.9 <= achieved["cost"] <= 6.0
+    with pytest.raises(PolicyError, match=r"max_latency needs times=\(stage_ms, head_ms\)"):
+        calibrate(TRACE, max_latency=6.0)
+    with pytest.raises(Infeasible, match="cost 3.5 ms"):
+        calibrate(TRACE, max_latency=1.0, times=times)
+
+
+def test_without_labels_only_agreement():
+    bare = replace(TRACE, labels=None)
+    policy = calibrate(bare, min_agreement=0.9)
+    assert "accuracy" not in policy.provenance["achieved"]
+    assert calibrate(bare, max_cost=0.6).provenance["achieved"]["agreement"] > 0.6
+    for goal in ({"max_accuracy_drop": 0.1}, {"min_accuracy": 0.5}, {"max_brier_gap": 0.1}):
+        with pytest.raises(TraceError, match="needs labels, and this trace has none"):
+            calibrate(bare, **goal)
+
+
+def test_exactly_one_goal():
+    with pytest.raises(PolicyError, match="exactly one goal of .*; got none"):
+        calibrate(TRACE)
+    with pytest.raises(PolicyError, match="got max_cost, min_accuracy"):
+        calibrate(TRACE, max_cost=0.5, min_accuracy=0.5)
+
+
+@pytest.mark.parametrize(
+    "goal",
+    [
+        {"max_cost": -0.1},
+        {"max_cost": math.inf},
+        {"max_cost": math.nan},
+        {"min_accuracy": 90},
+        {"min_agreement": 1.5},
+        {"max_accuracy_drop": 2},
+    ],
+)
+def test_goals_out_of_range(goal):
+    with pytest.raises(PolicyError, match="out of range"):
+        calibrate(TRACE, **goal)
+
+
+def test_unknown_names():
+    with pytest.raises(PolicyError, match="Unknown method 'serch'. Did you mean 'search'"):
+        calibrate(TRACE, max_cost=0.5, method="serch")
+    with pytest.raises(PolicyError, match="Unknown method 'x'"):
+        frontier(TRACE, method="x")
+    with pytest.raises(PolicyError, match="Unknown criterion 'entrop'. Did you mean 'entropy'"):
+        calibrate(TRACE, "entrop", max_cost=0.5)
+    with pytest.raises(PolicyError, match="at least 2 points"):
+        frontier(TRACE, points=1)
+
+
+def test_training_data_is_refused():
+    for call in (calibrate, frontier):
+        with pytest.raises(TraceError, match="recorded from data that the model was trained on"):
+            call(
+                replace(TRACE, source="training"),
+                **({"max_cost": 0.5} if call is calibrate else {}),
+            )
+
+
+def test_goals_that_cannot_be_met_carry_the_best():
+    with pytest.raises(Infeasible, match="cheapest, everyone leaving .* cost 0.27 of") as caught:
+        calibrate(TRACE, max_cost=0.1)
+    best = caught.value.best
+    assert isinstance(best, Policy)
+    assert (replay(TRACE, best).exit == 0).all()
+    with pytest.raises(Infeasible, match="best found has accuracy 0.9.*, and 0.9990") as caught:
+        calibrate(TRACE, min_accuracy=0.999)
+    assert accuracy(TRACE, caught.value.best) >= FULL
+
+
+def test_provenance_is_json_and_says_where_it_comes_from():
+    policy = calibrate(TRACE, max_cost=0.6)
+    about = json.loads(json.dumps(policy.to_json()))["provenance"]
+    assert about["data"] == {"source": "test", "samples": 800, "fingerprint": TRACE.fingerprint}
+    assert about["target"] == {"max_cost": 0.6}
+    assert about["method"] == "search"
+    text = policy.describe()
+    assert text.count(".") >= 1
+    assert "chosen by search on 800 samples (test)" in text
+    assert "nothing is promised" in text
+
+
+# Bad data: each gives a right answer, or its own clear error.
+
+
+def odd(logits, labels=None, stages=None, heads=None):
+    exits = len(logits)
+    stages = torch.ones(exits) if stages is None else stages
+    return Trace(logits, labels, stages, torch.zeros(exits) if heads is None else heads)
+
+
+def test_ties_everywhere():
+    """All scores equal: everybody leaves at an exit or nobody does."""
+    labels = torch.arange(30) % 3
+    logits = torch.zeros(3, 30, 3)
+    logits[2, torch.arange(30), labels] = 1.0
+    trace = odd(logits, labels)
+    policy = calibrate(trace, max_cost=0.5)
+    assert len(replay(trace, policy).exit.unique()) == 1
+    assert policy.provenance["achieved"]["cost_ratio"] <= 0.5
+    kept = calibrate(trace, max_accuracy_drop=0.0)
+    assert accuracy(trace, kept) == 1.0
+    for method in ("shared", "geometric", "quantile", "greedy", "per-exit accuracy"):
+        assert calibrate(trace, max_cost=0.5, method=method).provenance["achieved"][
+            "cost_ratio"
+        ] == pytest.approx(1 / 3)
+
+
+def test_all_exits_equal():
+    one = random_trace(200).logits[-1]
+    labels = random_trace(200).labels
+    trace = odd(one.repeat(4, 1, 1), labels)
+    policy = calibrate(trace, max_accuracy_drop=0.0)
+    assert policy.provenance["achieved"]["cost_ratio"] == pytest.approx(0.25, abs=0.02)
+
+
+def test_an_exit_that_is_never_right():
+    trace = random_trace(1000)
+    logits = trace.logits.clone()
+    logits[1] = 0.0
+    logits[1, torch.arange(1000), (trace.labels + 1) % 5] = 9.0
+    hostile = Trace(logits, trace.labels, trace.stage_costs, trace.head_costs)
+    policy = calibrate(hostile, max_accuracy_drop=0.02)
+    taken = replay(hostile, policy).exit
+    assert float((taken == 1).double().mean()) < 0.01
+    assert accuracy(hostile, policy) >= full_of(hostile) - 0.02
+
+
+def full_of(trace):
+    return float((trace.logits[-1].argmax(1) == trace.labels).double().mean())
+
+
+def test_one_class():
+    trace = odd(torch.randn(3, 50, 1), torch.zeros(50))
+    for rule in ("confidence", "entropy", "margin", "patience", "power_entropy", "energy"):
+        policy = calibrate(trace, rule, max_accuracy_drop=0.0)
+        # Every exit is right, so all may leave at the first.
+        assert policy.provenance["achieved"]["cost_ratio"] == pytest.approx(1 / 3)
+
+
+def test_twenty_samples():
+    trace = random_trace(20)
+    for rule in ("confidence", "patience", "arithmetic"):
+        for method in ("search", "shared", "geometric", "greedy", "quantile", "per-exit accuracy"):
+            policy = calibrate(trace, rule, max_cost=0.7, method=method)
+            assert policy.provenance["achieved"]["cost_ratio"] <= 0.7
+
+
+def test_one_sample():
+    trace = random_trace(1)
+    policy = calibrate(trace, max_cost=0.7)
+    assert policy.provenance["achieved"]["cost_ratio"] <= 0.7
+
+
+def test_costs_that_do_not_grow():
+    """Exits behind a stage that costs nothing: the later of two equally dear ones is as cheap."""
+    base = random_trace(600)
+    trace = Trace(base.logits, base.labels, torch.tensor([1.0, 0, 0, 1]), torch.zeros(4))
+    policy = calibrate(trace, max_accuracy_drop=0.02)
+    achieved = policy.provenance["achieved"]
+    assert achieved["accuracy"] >= full_of(trace) - 0.02
+    assert calibrate(trace, max_cost=0.5).provenance["achieved"]["accuracy"] >= 0.5
+
+
+def test_heads_that_cost_more_than_they_save():
+    base = random_trace(400)
+    heads = torch.tensor([5.0, 5.0, 5.0, 0.0])
+    trace = Trace(base.logits, base.labels, base.stage_costs, heads)
+    policy = calibrate(trace, max_cost=1.0)
+    assert (replay(trace, policy).exit == 3).all()
+    assert policy.provenance["achieved"]["cost_ratio"] == pytest.approx(1.0)
+    with pytest.raises(Infeasible):
+        calibrate(trace, max_cost=0.5)
+
+
+def test_a_network_without_auxiliary_exits():
+    base = random_trace(50)
+    trace = base.keep_exits([])
+    policy = calibrate(trace, max_cost=1.0)
+    assert policy.thresholds == ()
+    assert (replay(trace, policy).exit == 0).all()

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from offramp.build.batch import fingerprints, unpack
+from offramp.build.model import attach
+from offramp.decide import Trace
+from offramp.decide.record import record
+from offramp.errors import DataError, TraceError
+from tests.networks import example_of, make
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return attach(make("mlp"), example_of("mlp", 4), exits=2)
+
+
+def batches(count=3, size=6, labels=True):
+    generator = torch.Generator().manual_seed(0)
+    out = []
+    for _ in range(count):
+        x = torch.randn(size, 12, generator=generator)
+        y = torch.randint(0, 4, (size,), generator=generator)
+        out.append((x, y) if labels else x)
+    return out
+
+
+def test_records_what_the_model_says(model):
+    trace = record(model, batches(), progress=False)
+    x, y = (torch.cat(part) for part in zip(*batches(), strict=True))
+    model.eval()
+    with torch.no_grad():
+        direct = torch.stack(list(model(x)))
+    torch.testing.assert_close(trace.logits, direct)
+    assert torch.equal(trace.labels, y)
+    assert trace.stage_costs.tolist() == list(model.costs.stages)
+    assert trace.head_costs.tolist() == list(model.costs.heads)
+    assert trace.places == (*model.places, "backbone")
+    assert trace.source == "unknown"
+
+
+def test_inputs_alone_and_mappings(model):
+    assert record(model, batches(labels=False), progress=False).labels is None
+    named = [{"x": x, "labels": y} for x, y in batches()]
+    trace = record(model, named, progress=False, source="calibration")
+    assert torch.equal(trace.logits, record(model, batches(), progress=False).logits)
+    assert trace.source == "calibration"
+
+
+def test_modes_come_back_and_no_gradient_is_kept(model):
+    model.train()
+    model.heads[0].eval()
+    trace = record(model, batches(), progress=False)
+    assert model.training
+    assert model.backbone.training
+    assert not model.heads[0].training
+    assert not trace.logits.requires_grad
+    model.eval()
+
+
+def test_stops_after_so_many(model):
+    trace = record(model, batches(), progress=False, max_samples=8)
+    assert trace.num_samples == 8
+    assert torch.equal(trace.labels, torch.cat([y for _, y in batches()])[:8])
+
+
+def test_training_samples_are_recognised(model):
+    marks = torch.cat([fingerprints(unpack(batch)) for batch in batches()])
+    model.training_fingerprints = marks.sort().values
+    try:
+        assert record(model, batches(), source="mine", progress=False).source == "training"
+        other = [(x + 1, y) for x, y in batches()]
+        assert record(model, other, source="mine", progress=False).source == "mine"
+    finally:
+        model.training_fingerprints = torch.empty(0, dtype=torch.int64)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Counting(nn.Module):
+    """Counts the batches that run through a model."""
+
+    def __init__(self, model, stop_after=None):
+        super().__init__()
+        self.inner, self.calls, self.stop_after = model, 0, stop_after
+        self.costs, self.places, self.num_exits = model.costs, model.places, model.num_exits
+
+    def forward(self, x):
+        self.calls += 1
+        if self.stop_after is not None and self.calls > self.stop_after:
+            raise Interrupted
+        return self.inner(x)
+
+
+def test_takes_up_where_it_stopped(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["offramp.decide.record"], "SHARD_BYTES", 1)
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(Interrupted):
+        record(Counting(model, stop_after=2), batches(), path=path, progress=False)
+    assert not path.exists()
+    second = Counting(model)
+    trace = record(second, batches(), path=path, progress=False)
+    assert second.calls == 1
+    assert torch.equal(trace.logits, record(model, batches(), progress=False).logits)
+    assert torch.equal(Trace.load(path).logits, trace.logits)
+    assert [file.name for file in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_another_order_or_model_is_not_mixed_in(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["offramp.decide.record"], "SHARD_BYTES", 1)
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(Interrupted):
+        record(Counting(model, stop_after=2), batches(), path=path, progress=False)
+    with pytest.raises(TraceError, match=r"samples 0\.\.5 are not those"):
+        record(Counting(model), batches()[::-1], path=path, progress=False)
+    torch.manual_seed(1)
+    other = attach(make("mlp"), example_of("mlp", 4), exits=2)
+    other.heads[0].state_dict()[next(iter(other.heads[0].state_dict()))].add_(1)
+    with pytest.raises(TraceError, match="recording of another model"):
+        record(Counting(other), batches(), path=path, progress=False)
+
+
+def test_what_a_loader_may_not_do(model):
+    with pytest.raises(DataError, match="yielded no samples"):
+        record(model, [], progress=False)
+    with pytest.raises(DataError, match="labels for some batches and none for others"):
+        record(model, [*batches(1), *batches(1, labels=False)], progress=False)
+    soft = [(x, torch.zeros(6, 4)) for x, _ in batches()]
+    with pytest.raises(DataError, match="one class index for each sample"):
+        record(model, soft, progress=False)
+    nan = [(x * torch.nan, y) for x, y in batches()]
+    with pytest.raises(TraceError, match="NaN or infinite in 18 of 18"):
+        record(model, nan, progress=False)
+
+
+def test_a_model_that_gives_other_exits_than_it_says(model):
+    liar = Counting(model)
+    liar.num_exits = 7
+    with pytest.raises(TraceError, match="says it has 7 exits, but gave 3"):
+        record(liar, batches(), progress=False)

@@ -1,0 +1,95 @@
+"""What cannot compute on zero rows as it is exported, and must in a flat file."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+from torch.export import Dim
+
+from offramp.run.onnx_empty import allow_empty
+
+
+class First(nn.Module):
+    """A recurrent layer without its last states."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+def exported(module: nn.Module, *shape: int) -> onnx.ModelProto:
+    program = torch.export.export(
+        module.eval(),
+        (torch.randn(3, *shape),),
+        dynamic_shapes=({0: Dim("batch", min=1)},),
+        strict=False,
+    )
+    return torch.onnx.export(program, dynamo=True, verbose=False, opset_version=18).model_proto
+
+
+def answer(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # it also logs what it raises
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LSTM(4, 5, batch_first=True),
+        nn.LSTM(4, 5, 2, batch_first=True, bidirectional=True),
+        nn.GRU(4, 5, batch_first=True),
+    ],
+    ids=["lstm", "two layers both ways", "gru"],
+)
+def test_recurrent_layers_take_any_number_of_rows(layer: nn.Module) -> None:
+    module = First(layer)
+    model = exported(module, 6, 4)
+    allow_empty(model)
+    width = module(torch.zeros(1, 6, 4)).shape[-1]
+    for rows in (0, 1, 4):
+        x = torch.randn(rows, 6, 4)
+        got = answer(model, x.numpy())
+        assert got.shape == (rows, 6, width)
+        if rows:
+            np.testing.assert_allclose(got, module(x).detach().numpy(), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_group_norm_takes_any_number_of_rows() -> None:
+    module = nn.GroupNorm(2, 6)
+    model = exported(module, 6, 4, 4)
+    allow_empty(model)
+    for rows in (0, 1, 4):
+        x = torch.randn(rows, 6, 4, 4)
+        got = answer(model, x.numpy())
+        assert got.shape == (rows, 6, 4, 4)
+        if rows:
+            np.testing.assert_allclose(got, module(x).detach().numpy(), atol=1e-5)
+
+
+def test_a_reshape_that_depends_on_the_batch_stays_as_it_is() -> None:
+    sizes = helper.make_tensor("sizes", TensorProto.INT64, [2], [0, -1])
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["x", "sizes"], ["y"])],
+        "open",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, "batch", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, None])],
+        [sizes],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    before = model.SerializeToString()
+    allow_empty(model)
+    assert model.SerializeToString() == before

@@ -1,0 +1,46 @@
+"""Operators that the exporter takes in one form only."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.nn import functional
+
+from offramp.run.onnx_forms import bring_into_form
+
+
+class Attention(nn.Module):
+    """Attention without a dimension of heads."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias) + q
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bias_of_each", [True, False])
+def test_attention_over_three_dimensions(bias_of_each: bool) -> None:
+    batch = Dim("batch", min=1)
+    bias = torch.randn(3, 5, 5) if bias_of_each else torch.randn(5, 5)
+    example = (*(torch.randn(3, 5, 8) for _ in range(3)), bias)
+    program = torch.export.export(
+        Attention(),
+        example,
+        dynamic_shapes=(*({0: batch},) * 3, {0: batch} if bias_of_each else None),
+        strict=False,
+    )
+    bring_into_form(program)
+    torch.testing.assert_close(program.module()(*example), Attention()(*example))
+    model = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=18).model_proto
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for rows in (1, 2):
+        given = [value[:rows] if value.ndim == 3 else value for value in example]
+        names = [value.name for value in session.get_inputs()]
+        feed = {name: value.numpy() for name, value in zip(names, given, strict=True)}
+        (got,) = session.run(None, feed)
+        np.testing.assert_allclose(got, Attention()(*given).numpy(), atol=1e-6)
