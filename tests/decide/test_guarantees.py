@@ -279,7 +279,6 @@ def test_promises_hold_with_the_path_on_the_same_samples(seed):
 
 
 def test_the_expectation_is_kept():
-    what = "disagreement"
     risks = [
         true_risk(
             calibrate(draw(300, s), min_agreement=0.9, confidence="expectation"), "disagreement"

@@ -16,7 +16,7 @@ SAMPLE = {
     "dla34": False,  # branches
     "torchvision_swin": False,  # windowed
     "mobilevit_xxs": False,  # hybrid
-    "gmlp_ti16_224": False,  # mixer
+    "mixer_s32_224": False,  # mixer
     "hf_bert": True,
     "hf_vit": False,
     "hf_wav2vec2": False,
