@@ -14,18 +14,19 @@ from offramp.run.onnx_forms import bring_into_form
 
 
 class Attention(nn.Module):
-    """Attention without a dimension of heads."""
-
     def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias) + q
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("bias_of_each", [True, False])
-def test_attention_over_three_dimensions(bias_of_each: bool) -> None:
+@pytest.mark.parametrize("between", [(), (2,), (2, 4), (2, 3, 4)], ids=["3", "4", "5", "6"])
+def test_attention_over_any_number_of_dimensions(
+    between: tuple[int, ...], bias_of_each: bool
+) -> None:
     batch = Dim("batch", min=1)
-    bias = torch.randn(3, 5, 5) if bias_of_each else torch.randn(5, 5)
-    example = (*(torch.randn(3, 5, 8) for _ in range(3)), bias)
+    bias = torch.randn(3, *between, 5, 5) if bias_of_each else torch.randn(5, 5)
+    example = (*(torch.randn(3, *between, 5, 8) for _ in range(3)), bias)
     program = torch.export.export(
         Attention(),
         example,
@@ -38,8 +39,8 @@ def test_attention_over_three_dimensions(bias_of_each: bool) -> None:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    for rows in (1, 2):
-        given = [value[:rows] if value.ndim == 3 else value for value in example]
+    for rows in (0, 1, 2):
+        given = [value[:rows] if value is not bias or bias_of_each else bias for value in example]
         names = [value.name for value in session.get_inputs()]
         feed = {name: value.numpy() for name, value in zip(names, given, strict=True)}
         (got,) = session.run(None, feed)

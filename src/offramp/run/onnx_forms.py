@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
@@ -9,42 +11,63 @@ from torch.export import ExportedProgram
 __all__ = ["bring_into_form"]
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+RANK = 4  # (N, heads, L, D): the one that attention is exported in
 
 
 def bring_into_form(program: ExportedProgram) -> None:
     """Rewrite a program in place.
 
-    Attention over ``(N, L, D)`` becomes attention over ``(N, 1, L, D)``: one head.
+    Attention over ``(N, L, D)`` becomes attention of one head, and attention over more dimensions
+    that are a batch to it, such as ``(B, windows, heads, L, D)``, has the first ones folded. What
+    cannot be folded, since its mask is shared along one of them, stays for the exporter to refuse.
     """
     graph = program.graph
     for node in list(graph.nodes):
-        if node.target is _ATTENTION and node.args[0].meta["val"].ndim == 3:
-            _as_one_head(graph, node)
+        if node.target is _ATTENTION and _rank(node.args[0]) != RANK:
+            _fold(graph, node)
     program.graph_module.recompile()
 
 
-def _as_one_head(graph: fx.Graph, node: fx.Node) -> None:
+def _fold(graph: fx.Graph, node: fx.Node) -> None:
+    rank = _rank(node.args[0])
+    leading = _tensor(node).shape[: rank - RANK + 1]
+    whole = [source for source in node.all_input_nodes if _rank(source) == rank]
+    masks = [source for source in node.all_input_nodes if _rank(source) not in (rank, 2)]
+    fixed = all(isinstance(size, int) for size in leading[1:])
+    alike = all(_tensor(source).shape[: len(leading)] == leading for source in whole)
+    if masks or (rank > RANK and not (fixed and alike)):
+        return
     with graph.inserting_before(node):
-        wide = {
-            source: _insert(graph, torch.ops.aten.unsqueeze.default, source)
-            for source in node.all_input_nodes
-            if _tensor(source).ndim == 3
-        }
+        folded = {source: _folded(graph, source, rank) for source in whole}
+    result = _tensor(node)
+    node.meta["val"] = _flat(result, rank)
     with graph.inserting_after(node):
-        narrow = _insert(graph, torch.ops.aten.squeeze.dim, node, _tensor(node).unsqueeze(1))
-    node.replace_all_uses_with(narrow, delete_user_cb=lambda user: user is not narrow)
-    for source, copy in wide.items():
+        if rank < RANK:
+            back = graph.call_function(torch.ops.aten.squeeze.dim, (node, 1))
+        else:
+            sizes = [-1, *leading[1:]]
+            back = graph.call_function(torch.ops.aten.unflatten.int, (node, 0, sizes))
+        back.meta = {"val": result}
+    node.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
+    for source, copy in folded.items():
         node.replace_input_with(source, copy)
-    node.meta["val"] = _tensor(node).unsqueeze(1)
 
 
-def _insert(
-    graph: fx.Graph, operator: torch._ops.OpOverload, source: fx.Node, given: Tensor | None = None
-) -> fx.Node:
-    """``operator(source, 1)``, described for the exporter; ``given``: the source as it will be."""
-    made = graph.call_function(operator, (source, 1))
-    made.meta = {"val": operator(_tensor(source) if given is None else given, 1)}
+def _folded(graph: fx.Graph, source: fx.Node, rank: int) -> fx.Node:
+    if rank < RANK:
+        made = graph.call_function(torch.ops.aten.unsqueeze.default, (source, 1))
+    else:
+        made = graph.call_function(torch.ops.aten.flatten.using_ints, (source, 0, rank - RANK))
+    made.meta = {"val": _flat(_tensor(source), rank)}
     return made
+
+
+def _flat(value: Tensor, rank: int) -> Tensor:
+    return value.unsqueeze(1) if rank < RANK else value.flatten(0, rank - RANK)
+
+
+def _rank(node: Any) -> int:  # noqa: ANN401
+    return _tensor(node).ndim
 
 
 def _tensor(node: fx.Node) -> Tensor:
