@@ -105,8 +105,40 @@ class Gate(nn.Module):
 
 def test_a_branch_on_values_is_refused_with_the_reason_and_the_way_out() -> None:
     model = attach(Branching().eval(), torch.randn(4, 12), exits=["first"])
-    with pytest.raises(StageError, match=r"torch.export refuses this model(.|\n)*nn.Sequential"):
+    with pytest.raises(
+        StageError, match=r"refuses this model in the module 'gate'(.|\n)*nn.Sequential"
+    ):
         cut(model, torch.randn(4, 12))
+
+
+class RowGate(nn.Module):
+    """Branches on values, row by row: nothing that export takes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([row.relu() if row.sum() > 0 else row for row in x])
+
+
+def test_a_sequential_model_that_export_refuses_runs_on_eager_torch() -> None:
+    torch.manual_seed(0)
+    backbone = nn.Sequential(nn.Linear(12, 8), RowGate(), nn.Linear(8, 8), nn.Linear(8, 3))
+    model = attach(backbone.eval(), torch.randn(4, 12), exits=["1", "2"])
+    for linear in [m for m in model.heads.modules() if isinstance(m, nn.Linear)]:
+        nn.init.normal_(linear.weight)
+    x = torch.randn(33, 12)
+    with torch.no_grad():
+        logits = list(model(x))
+    scores = [torch.softmax(v, -1).max(-1).values for v in logits[:2]]
+    thresholds = [float(s.median()) + 1e-4 for s in scores]
+    result = Runner(model, Policy("confidence", thresholds), torch.randn(4, 12))(x)
+    wanted = torch.where(
+        scores[0] >= thresholds[0], 0, torch.where(scores[1] >= thresholds[1], 1, 2)
+    )
+    assert torch.equal(result.exit, wanted)
+    assert len(wanted.unique()) == 3
+    rows = torch.arange(33)
+    assert torch.allclose(result.logits, torch.stack(logits)[wanted, rows], atol=1e-5)
+    with pytest.raises(StageError, match="in the module '1'"):
+        Runner(model, Policy.final(), torch.randn(4, 12), engine="onnxruntime")
 
 
 def test_an_example_of_one_is_refused() -> None:

@@ -22,13 +22,14 @@ from torch import Tensor
 from offramp.build.cost import ExitCosts
 from offramp.build.model import ExitOutputs, MultiExitModel
 from offramp.decide.policy import Policy
-from offramp.errors import PolicyError
+from offramp.errors import PolicyError, StageError
 from offramp.run.answers import Answer, Result
 from offramp.run.chain import Link, chain
-from offramp.run.engines import Array, Engine, StepCall, engine_of
+from offramp.run.engines import Array, Engine, StepCall, Torch, engine_of
 from offramp.run.inputs import check_call, explain_not_finite
-from offramp.run.proof import prove
-from offramp.run.stages import Call, RowAxis, cut
+from offramp.run.proof import evaluating, prove
+from offramp.run.sequential import cut_by_hand
+from offramp.run.stages import Call, RowAxis, StagedModel, cut
 from offramp.run.times import StageTimes, fastest, rows_in_memory
 
 __all__ = ["Result", "Runner", "Stats"]
@@ -86,7 +87,7 @@ class Runner:
     ) -> None:
         active = policy.active(model.num_exits)
         kept = [k for k, runs in enumerate(active) if runs or exits == "all"]
-        staged = cut(model, example, kept)
+        staged = _staged(model, example, kept, engine)
         steps = chain(staged, policy, model.num_exits)
         links = [step.link for step in steps]
         if engine == "auto":
@@ -333,6 +334,23 @@ class Runner:
             self._taken = np.zeros(self.num_exits, np.int64)
             self._entered = np.zeros(len(self._links), np.int64)
             self._missed = 0
+
+
+def _staged(
+    model: MultiExitModel, example: object, exits: list[int], engine: str | Engine
+) -> StagedModel:
+    """The model's stages; those cut by hand where export refuses and eager torch executes."""
+    try:
+        return cut(model, example, exits)
+    except StageError:
+        by_hand = engine == "torch" or isinstance(engine, Torch)
+        last = model.num_exits - 1
+        kept = [k for k in exits if k != last]
+        with evaluating(model):
+            staged = cut_by_hand(model, example, kept) if by_hand else None
+        if staged is None:
+            raise
+        return staged
 
 
 _ANSWER = ("logits", "score")

@@ -135,7 +135,7 @@ class Stage:
     """
 
     exit: int
-    module: fx.GraphModule
+    module: nn.Module
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
@@ -224,35 +224,55 @@ def export(module: nn.Module, tensors: Sequence[Tensor]) -> ExportedProgram:
     batch = Dim("batch", min=1)
     was = {sub: sub.training for sub in module.modules()}
     module.eval()
+    shapes = (tuple({0: batch} for _ in tensors),)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of itself
-            program: ExportedProgram = torch.export.export(
-                module,
-                tuple(tensors),
-                dynamic_shapes=(tuple({0: batch} for _ in tensors),),
-                strict=False,
-            )
-            # Functional; no operator is taken apart.
-            functional: ExportedProgram = program.run_decompositions({})
-            return functional
-    except Exception as error:
-        raise StageError(_refusal(error)) from error
+            try:
+                program: ExportedProgram = torch.export.export(
+                    module, tuple(tensors), dynamic_shapes=shapes, strict=False
+                )
+                # Functional; no operator is taken apart.
+                functional: ExportedProgram = program.run_decompositions({})
+                return functional
+            except Exception as error:
+                where = _failing_module(module, tuple(tensors), shapes)
+                raise StageError(_refusal(error, where)) from error
     finally:
         for sub, training in was.items():
             sub.training = training
 
 
-def _refusal(error: Exception) -> str:
+def _failing_module(module: nn.Module, tensors: tuple[Tensor, ...], shapes: Any) -> str:  # noqa: ANN401
+    """The path of the innermost module that an export does not come out of; "" if it is none.
+
+    Only run to explain a failure: hooks follow a second export into the module and out of it.
+    """
+    inside: list[str] = []
+    handles = []
+    for path, part in module.named_modules():
+        name = path.removeprefix("model.").removeprefix("backbone.")
+        handles.append(part.register_forward_pre_hook(lambda *_, name=name: inside.append(name)))
+        handles.append(part.register_forward_hook(lambda *_: inside.pop() and None))
+    try:
+        torch.export.export(module, tensors, dynamic_shapes=shapes, strict=False)
+    except Exception:  # the same as the first time, which is the one to be reported
+        return inside[-1] if inside else ""
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ""
+
+
+def _refusal(error: Exception, where: str) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = " ".join(lines[:2]) or type(error).__name__  # the second says which constraint
-    stack = getattr(error, "__notes__", [])
-    where = next((note for note in stack if "nn_module_stack" in note), "")
+    place = f" in the module {where!r}" if where not in ("", "model", "backbone") else ""
     return (
-        f"torch.export refuses this model: {type(error).__name__}: {reason[:400]} {where}"
+        f"torch.export refuses this model{place}: {type(error).__name__}: {reason[:400]} "
         "Make the forward free of branches on tensor values, and of what fixes the batch "
         "(len(x) in place of x.shape[0] does); or cut by hand: build the backbone as an "
-        "nn.Sequential of traceable parts."
+        "nn.Sequential of traceable parts, and run it with engine='torch'."
     )
 
 
