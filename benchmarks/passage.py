@@ -26,10 +26,11 @@ from offramp.build.model import MultiExitModel
 from offramp.build.outputs import find_logits
 from offramp.run.chain import Step, chain
 from offramp.run.engines import engine_of
+from offramp.run.graph import cut
 from offramp.run.onnx import connect, convert
 from offramp.run.proof import TOLERANCE, distance, evaluating, prove
 from offramp.run.runner import Runner
-from offramp.run.stages import StagedModel, cut
+from offramp.run.stages import StagedModel
 
 __all__ = ["BATCH", "Row", "onnx_rows", "take_through", "warm_up"]
 
@@ -261,7 +262,15 @@ def _runner(
     calls = engine.load(steps)
     links = [step.link for step in steps]
     return Runner.of_links(
-        engine, links, calls, policy, model.costs, model.places, staged.call, staged.row_bytes
+        engine,
+        links,
+        calls,
+        policy,
+        model.costs,
+        model.places,
+        staged.call,
+        staged.row_bytes,
+        staged.selector,
     )
 
 

@@ -45,6 +45,18 @@ class SparseGIN(nn.Module):
         return self.classifier(total)
 
 
+class GraphHead(nn.Module):
+    """Node features (nodes, D) to the logits of their graphs; asks for inputs of the network."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor, batch: Tensor, graphs: Tensor) -> Tensor:
+        total = x.new_zeros(graphs.shape[0], x.shape[1]).index_add(0, batch, x)
+        return self.classifier(total)
+
+
 class LSTMClassifier(nn.Module):
     """Tokens (B, T) -> (B, classes), by layers of LSTM one after the other."""
 
@@ -193,7 +205,13 @@ def _other(kind: str, name: str, build: Any, **attach: Any) -> Architecture:
 OTHERS: tuple[Architecture, ...] = (
     _other("gnn", "dense_gcn", _dense_gnn),
     _other("gnn", "dense_gin", _dense_gin),
-    _other("gnn-sparse", "sparse_gin", _sparse_gin, select=select_graphs),
+    _other(
+        "gnn-sparse",
+        "sparse_gin",
+        _sparse_gin,
+        select=select_graphs,
+        heads=[GraphHead(24) for _ in range(3)],
+    ),
     _other("recurrent", "lstm", _lstm),
     _other("recurrent", "gru", _gru),
     _other("mlp", "mlp", _mlp),

@@ -15,8 +15,8 @@ from offramp.build.model import attach
 from offramp.decide.policy import Policy
 from offramp.errors import DataError, EqualityError, OfframpError, PolicyError
 from offramp.run.chain import Link
+from offramp.run.rows import RowAxis
 from offramp.run.runner import Runner
-from offramp.run.stages import RowAxis
 from offramp.run.times import Line, StageTimes
 from tests.networks import example_of, make
 from tests.run.conftest import KINDS, case, rows_of, whole

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from offramp.build.model import attach
 from offramp.decide.policy import Policy
 from offramp.errors import DataError, StageError
+from offramp.run.graph import cut
+from offramp.run.rows import RowAxis
 from offramp.run.runner import Runner
-from offramp.run.stages import RowAxis, cut
 from tests.run.conftest import KINDS, case
 
 

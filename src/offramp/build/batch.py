@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,26 +24,50 @@ class Batch:
         args: positional inputs of the backbone; dimension 0 of every tensor is the batch.
         kwargs: keyword inputs of the backbone.
         labels: ``(B,)`` integer labels, or ``None`` where the loader yields inputs alone.
+        select: for inputs whose dimension 0 is not the batch: the function that takes rows.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
     labels: Tensor | None = None
+    select: Callable[..., Any] | None = None
 
     @property
     def size(self) -> int:
-        """Number of samples: dimension 0 of the first tensor among the inputs."""
-        return batch_size(self.args, self.kwargs)
+        """Number of samples: dimension 0 of the first tensor among the inputs, or of the labels.
+
+        Raises:
+            DataError: samples are taken by ``select``, and there are no labels to count.
+        """
+        if self.select is None:
+            return batch_size(self.args, self.kwargs)
+        if self.labels is None:
+            raise DataError(
+                "This model takes its samples by a select function, and the batch has no labels "
+                "by which they could be counted. Yield (inputs, labels)."
+            )
+        return len(self.labels)
+
+    def rows(self, rows: Tensor) -> Batch:
+        """The batch of the samples ``rows`` (R,) alone, in that order."""
+        labels = None if self.labels is None else self.labels[rows]
+        if self.select is None:
+            return Batch(*take_rows(self.args, self.kwargs, rows), labels)
+        return Batch(*as_call(self.select(rows, *self.args, **self.kwargs)), labels, self.select)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on ``device``."""
         args, kwargs, labels = pytree.tree_map_only(
             Tensor, lambda t: t.to(device), (self.args, self.kwargs, self.labels)
         )
-        return Batch(args, kwargs, labels)
+        return Batch(args, kwargs, labels, self.select)
 
 
-def unpack(item: Any, label_names: Sequence[str] = ("labels", "label")) -> Batch:  # noqa: ANN401
+def unpack(
+    item: Any,  # noqa: ANN401
+    label_names: Sequence[str] = ("labels", "label"),
+    select: Callable[..., Any] | None = None,
+) -> Batch:
     """Read what a loader yields.
 
     * ``(x, y)``: ``x`` goes to the backbone (by keyword if it is a mapping), ``y`` is the labels;
@@ -54,6 +78,7 @@ def unpack(item: Any, label_names: Sequence[str] = ("labels", "label")) -> Batch
     Args:
         item: one batch of a loader.
         label_names: keys under which a mapping may hold its labels.
+        select: for inputs whose dimension 0 is not the batch: the function that takes rows.
 
     Raises:
         DataError: ``item`` is none of these, or holds no tensor.
@@ -80,7 +105,7 @@ def unpack(item: Any, label_names: Sequence[str] = ("labels", "label")) -> Batch
             "collate_fn yield one of these."
         )
     batch_size(batch.args, batch.kwargs)
-    return batch
+    return replace(batch, select=select)
 
 
 def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:  # noqa: ANN401
@@ -137,12 +162,16 @@ def fingerprints(batch: Batch) -> Tensor:
     """A 64-bit hash of every sample, over the bytes of its rows of all inputs; labels do not count.
 
     Equal samples have equal hashes whatever else is in the batch, so samples can be recognised
-    across loaders. Tensors without the batch in dimension 0 do not count.
+    across loaders. Tensors without the batch in dimension 0 do not count, unless samples are taken
+    out by ``select``: then all do.
 
     Returns:
         ``(B,)`` int64.
     """
     size = batch.size
+    if batch.select is not None:
+        alone = (batch.rows(torch.tensor([i])) for i in range(size))
+        return torch.tensor([_fingerprint(single) for single in alone], dtype=torch.int64)
     hashes = [hashlib.blake2b(digest_size=8) for _ in range(size)]
     for leaf in pytree.tree_leaves((batch.args, batch.kwargs)):
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != size:
@@ -156,6 +185,17 @@ def fingerprints(batch: Batch) -> Tensor:
                 digest.update(rows[index].tobytes())
     values = [int.from_bytes(digest.digest(), "little", signed=True) for digest in hashes]
     return torch.tensor(values, dtype=torch.int64)
+
+
+def _fingerprint(single: Batch) -> int:
+    """The hash of all tensors of a batch of one."""
+    digest = hashlib.blake2b(digest_size=8)
+    for leaf in pytree.tree_leaves((single.args, single.kwargs)):
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            plain = leaf.detach().cpu().contiguous().reshape(-1)
+            digest.update(plain.view(torch.uint8).numpy().tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def _as_labels(labels: Any) -> Tensor | None:  # noqa: ANN401

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from offramp.build.batch import Batch, fingerprints, take_rows, unpack
+from offramp.build.batch import Batch, fingerprints, unpack
 from offramp.decide.trace import Trace
 from offramp.errors import DataError, TraceError
 
@@ -64,7 +64,8 @@ def record(
     """
     held = _Held(None if path is None else Path(path), _digest(model))
     with _prepared(model, device) as place:
-        for batch in _batches(loader, max_samples, progress):
+        select = getattr(model, "select", None)
+        for batch in _batches(loader, max_samples, progress, select):
             marks = fingerprints(batch)
             if not held.skip(marks):
                 logits = _run(model, batch.to(place) if place is not None else batch)
@@ -218,15 +219,15 @@ def _run(model: Any, batch: Batch) -> Tensor:  # noqa: ANN401
     return torch.stack([logits.detach().float().cpu() for logits in outputs])
 
 
-def _batches(loader: Iterable[Any], most: int | None, progress: bool) -> Iterator[Batch]:
+def _batches(
+    loader: Iterable[Any], most: int | None, progress: bool, select: Callable[..., Any] | None
+) -> Iterator[Batch]:
     """Batches as calls, the last one cut to ``most`` samples in all."""
     done = 0
     for item in _shown(loader, progress):
-        batch = unpack(item)
+        batch = unpack(item, select=select)
         if most is not None and done + batch.size > most:
-            rows = torch.arange(most - done)
-            args, kwargs = take_rows(batch.args, batch.kwargs, rows)
-            batch = Batch(args, kwargs, None if batch.labels is None else batch.labels[rows])
+            batch = batch.rows(torch.arange(most - done))
         if batch.labels is not None and batch.labels.ndim != 1:
             raise DataError(
                 f"Labels must be one class index for each sample, got shape "

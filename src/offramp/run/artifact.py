@@ -30,12 +30,14 @@ from offramp.build.cost import ExitCosts
 from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy
 from offramp.errors import ArtifactError, OfframpError
+from offramp.run.calls import Call
 from offramp.run.chain import Link, Step, chain
 from offramp.run.engines import OnnxEngine, engine_of
+from offramp.run.graph import cut
 from offramp.run.onnx import connect, convert, split
 from offramp.run.proof import compare_file
+from offramp.run.rows import RowAxis
 from offramp.run.runner import Runner
-from offramp.run.stages import Call, RowAxis, cut
 
 __all__ = ["export", "load", "verify"]
 
@@ -70,7 +72,7 @@ def export(
 
     Raises:
         EqualityError: the file does not answer as the model does; nothing is written.
-        StageError: the model cannot be cut or written as ONNX.
+        StageError: the model cannot be cut or written as ONNX, or has a ``select`` function.
         ArtifactError: something else stands at ``path``, or ``classes`` do not fit.
     """
     target = Path(path)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from offramp.decide.criteria import Criterion
 from offramp.decide.policy import Policy
-from offramp.run.stages import RowAxis, StagedModel
+from offramp.run.rows import RowAxis
+from offramp.run.stages import StagedModel
 
 __all__ = ["Deciding", "Link", "Step", "chain"]
 

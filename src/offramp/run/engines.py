@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from offramp.errors import MissingExtra, OfframpError, unknown_name
-from offramp.run.stages import RowAxis
+from offramp.run.rows import RowAxis
 
 if TYPE_CHECKING:
     from offramp.run.chain import Step

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 
 from offramp.errors import DataError
-from offramp.run.stages import Call
+from offramp.run.calls import Call
+from offramp.run.selection import Selector
 
 __all__ = ["check_call", "explain_not_finite"]
 
 
-def check_call(args: tuple[Any, ...], kwargs: dict[str, Any], known: Call) -> list[Any]:
+def check_call(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    known: Call,
+    selector: Selector | None = None,
+) -> list[Any]:
     """The tensors or arrays of a call that is like ``known``, in its order.
 
     Raises:
@@ -31,6 +37,12 @@ def check_call(args: tuple[Any, ...], kwargs: dict[str, Any], known: Call) -> li
             f"{known.describe()}. Pass the same arguments as the example has."
         )
     given = call.tensors
+    if selector is not None:
+        for name, value, like, free in zip(
+            known.names, given, known.tensors, selector.free, strict=True
+        ):
+            _check_tensor(name, value, like, free)
+        return given
     for name, value, like in zip(known.names, given, known.tensors, strict=True):
         _check_tensor(name, value, like)
     if len({len(value) for value in given}) != 1:
@@ -41,16 +53,21 @@ def check_call(args: tuple[Any, ...], kwargs: dict[str, Any], known: Call) -> li
     return given
 
 
-def _check_tensor(name: str, value: Tensor | np.ndarray, like: Tensor) -> None:
+def _check_tensor(
+    name: str, value: Tensor | np.ndarray, like: Tensor, free: Collection[int] = (0,)
+) -> None:
     dtype = str(value.dtype).removeprefix("torch.")
     expected = str(like.dtype).removeprefix("torch.")
-    shape = ("batch", *like.shape[1:])
-    if dtype != expected or value.ndim != like.ndim or value.shape[1:] != like.shape[1:]:
+    shape = ["batch" if d in free else size for d, size in enumerate(like.shape)]
+    fits = value.ndim == like.ndim and all(
+        d in free or a == b for d, (a, b) in enumerate(zip(value.shape, like.shape, strict=True))
+    )
+    if dtype != expected or not fits:
         raise DataError(
             f"Input {name!r}: expected {expected} of shape {_show(shape)}, got {dtype} of shape "
             f"{_show(value.shape)}. Convert it, or make the runner with an example of this kind."
         )
-    if len(value) == 0:
+    if any(value.shape[d] == 0 for d in free):
         raise DataError(f"Input {name!r} is an empty batch; pass at least one row.")
 
 

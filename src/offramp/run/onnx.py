@@ -28,7 +28,7 @@ from torch.export import Dim
 from offramp.errors import StageError
 from offramp.run.onnx_empty import allow_empty
 from offramp.run.onnx_forms import bring_into_form
-from offramp.run.stages import RowAxis
+from offramp.run.rows import RowAxis
 
 if TYPE_CHECKING:
     from offramp.run.chain import Link, Step
@@ -107,6 +107,8 @@ def _quiet() -> Iterator[None]:
 def _dynamic(axis: RowAxis | None, batch: Any) -> dict[int, Any] | None:  # noqa: ANN401
     if axis is None:
         return None
+    if axis.of:  # not the samples: torch finds out which of these sizes are the same
+        return {axis.dim: Dim.AUTO}
     return {axis.dim: batch if axis.multiple == 1 else axis.multiple * batch}
 
 
@@ -186,7 +188,16 @@ def connect(model: onnx.ModelProto, steps: Sequence[Step], names: Sequence[str])
     Returns:
         A model with the inputs ``names`` and ``thresholds`` (optional: it has a default), and the
         outputs ``logits`` (B, C), ``prediction`` (B,), ``exit`` (B,), ``score`` (B,).
+
+    Raises:
+        StageError: samples are taken out by a ``select`` function.
     """
+    if any(axis.of for step in steps for axis in step.rows.values() if axis is not None):
+        raise StageError(
+            "This model takes its samples out of a batch by a select function of Python, which "
+            "one ONNX file cannot call. Run it with Runner(model, policy, example, engine=...): "
+            "every engine executes the stages, and select stays in Python."
+        )
     return _Connector(model, steps, names).model()
 
 

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from offramp.errors import EqualityError
+from offramp.run.calls import Call
 from offramp.run.engines import OnnxRuntime
-from offramp.run.stages import Call
+from offramp.run.evaluating import evaluating
 
 if TYPE_CHECKING:
     from offramp.build.model import MultiExitModel
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from offramp.run.runner import Runner
     from offramp.run.stages import StagedModel
 
-__all__ = ["TOLERANCE", "compare_file", "distance", "evaluating", "prove", "variations"]
+__all__ = ["TOLERANCE", "compare_file", "distance", "prove", "variations"]
 
 TOLERANCE = {True: 1e-5, False: 1e-4}  # torch's own operators; another engine's
 ROWS_ALONE = 4  # how many rows of the example are also run one by one
@@ -50,25 +50,6 @@ def prove(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
     with evaluating(model), torch.no_grad():
         _whole(runner, model, staged)
         _alone(runner, model, staged)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and as it was afterwards.
-
-    The fused fast path of ``nn.MultiheadAttention`` is off meanwhile: it cannot be exported, and
-    rounds otherwise than the operators that stand for it in a stage.
-    """
-    training = [module for module in model.modules() if module.training]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module in training:
-            module.training = True
 
 
 def _whole(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
@@ -102,7 +83,7 @@ def _logits(runner: Runner, tensors: list[Tensor]) -> list[Any]:
 def _alone(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
     """Let every other row go at each exit, and compare each with what it gets by itself."""
     tensors = staged.call.tensors
-    samples = len(tensors[0])
+    samples = staged.samples
 
     def every_other(position: int, values: dict[str, Any]) -> np.ndarray:
         mask: np.ndarray = np.arange(len(values["score"])) % 2 == position % 2
@@ -112,7 +93,7 @@ def _alone(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
     tolerance = TOLERANCE[runner.engine.exact]
     logits = runner.engine.host(answer.logits)
     for row in np.linspace(0, samples - 1, min(samples, ROWS_ALONE)).astype(int):
-        single = [value[row : row + 1] for value in tensors]
+        single = staged.take(tensors, torch.tensor([row]))
         by_itself = runner._execute(
             [runner.engine.array(value) for value in single], _at(answer.exit[row], runner)
         )
@@ -121,7 +102,7 @@ def _alone(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
             raise EqualityError(
                 f"Row {row} of the example leaves at exit {answer.exit[row]} with other logits in "
                 f"a batch than alone: they differ by {far:.2g} (relative, {tolerance:g} allowed)"
-                f"{_first_mixing(model, staged.call, int(row), tolerance)}. Something mixes the "
+                f"{_first_mixing(model, staged, int(row), tolerance)}. Something mixes the "
                 "rows of a batch (statistics over the batch, a reshape that moves the batch), so "
                 "per-sample exits would change its answers."
             )
@@ -303,12 +284,13 @@ def _first_difference(model: MultiExitModel, staged: StagedModel) -> str:
     return ""
 
 
-def _first_mixing(model: MultiExitModel, call: Call, row: int, tolerance: float) -> str:
+def _first_mixing(model: MultiExitModel, staged: StagedModel, row: int, tolerance: float) -> str:
     """The first module whose output for a row differs between a batch and the row alone."""
+    call = staged.call
     together = _module_outputs(model, call, call.tensors)
-    alone = _module_outputs(model, call, [value[row : row + 1] for value in call.tensors])
+    alone = _module_outputs(model, call, staged.take(call.tensors, torch.tensor([row])))
     for (path, batch), (_, single) in zip(together, alone, strict=False):
-        if not len(single) or len(batch) != len(single) * len(call.tensors[0]):
+        if not len(single) or len(batch) != len(single) * staged.samples:
             continue
         share = len(single)
         if not distance(batch[row * share : (row + 1) * share], single) <= tolerance:

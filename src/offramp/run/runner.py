@@ -24,12 +24,18 @@ from offramp.build.model import ExitOutputs, MultiExitModel
 from offramp.decide.policy import Policy
 from offramp.errors import PolicyError, StageError
 from offramp.run.answers import Answer, Result
+from offramp.run.calls import Call
 from offramp.run.chain import Link, chain
+from offramp.run.compaction import Compaction
 from offramp.run.engines import Array, Engine, StepCall, Torch, engine_of
+from offramp.run.evaluating import evaluating
+from offramp.run.graph import cut
 from offramp.run.inputs import check_call, explain_not_finite
-from offramp.run.proof import evaluating, prove
+from offramp.run.proof import prove
+from offramp.run.rows import RowAxis
+from offramp.run.selection import Selector, samples_of, take_samples
 from offramp.run.sequential import cut_by_hand
-from offramp.run.stages import Call, RowAxis, StagedModel, cut
+from offramp.run.stages import StagedModel
 from offramp.run.times import StageTimes, fastest, rows_in_memory
 
 __all__ = ["Result", "Runner", "Stats"]
@@ -91,12 +97,20 @@ class Runner:
         steps = chain(staged, policy, model.num_exits)
         links = [step.link for step in steps]
         if engine == "auto":
-            loaded, calls = fastest(steps, staged.call)
+            loaded, calls = fastest(steps, staged)
         else:
             loaded = engine_of(engine)
             calls = loaded.load(steps)
         self._set_up(
-            loaded, links, calls, policy, model.costs, model.places, staged.call, staged.row_bytes
+            loaded,
+            links,
+            calls,
+            policy,
+            model.costs,
+            model.places,
+            staged.call,
+            staged.row_bytes,
+            staged.selector,
         )
         prove(self, model, staged)
         self.measure()
@@ -112,10 +126,11 @@ class Runner:
         places: tuple[str, ...],
         call: Call,
         row_bytes: float,
+        selector: Selector | None = None,
     ) -> Runner:
         """A runner from steps that are executable already, as an artifact has them."""
         runner = cls.__new__(cls)
-        runner._set_up(engine, links, calls, policy, costs, places, call, row_bytes)
+        runner._set_up(engine, links, calls, policy, costs, places, call, row_bytes, selector)
         runner.measure()
         return runner
 
@@ -129,6 +144,7 @@ class Runner:
         places: tuple[str, ...],
         call: Call,
         row_bytes: float,
+        selector: Selector | None,
     ) -> None:
         self.engine = engine
         self.policy = policy
@@ -138,6 +154,8 @@ class Runner:
         self._links = tuple(links)
         self._calls = tuple(calls)
         self._inputs = self._links[0].inputs
+        self._selector = selector
+        self._compact = Compaction(engine, self._inputs, selector)
         self.max_batch = rows_in_memory(row_bytes)
         self.times = StageTimes.none()
         self._lock = threading.Lock()
@@ -149,12 +167,19 @@ class Runner:
         Args:
             batch: the larger of the two batch sizes that are timed; the other is 1.
         """
-        self.times = StageTimes.measure(self.engine, self._links, self._calls, self.call, batch)
+        self.times = StageTimes.measure(
+            self.engine, self._links, self._calls, self.call, self._compact, batch
+        )
 
     @property
     def num_exits(self) -> int:
         """Exits of the model, its final output included, whether or not they are kept here."""
         return len(self.costs.stages)
+
+    @property
+    def select(self) -> Callable[..., Any] | None:
+        """The function that takes samples out, where dimension 0 of the inputs is not the batch."""
+        return None if self._selector is None else self._selector.select
 
     # -- calling -----------------------------------------------------------------------------------
 
@@ -182,8 +207,8 @@ class Runner:
                 that are not finite.
         """
         begin = time.perf_counter()
-        given = check_call(args, kwargs, self.call)
-        if len(given[0]) > self.max_batch:
+        given = self._given(args, kwargs)
+        if samples_of(given, self._selector) > self.max_batch:
             return self._in_pieces(given, deadline_ms, begin)
         return self._answer(given, deadline_ms, begin)
 
@@ -197,16 +222,19 @@ class Runner:
         if not np.isfinite(logits).all():
             explain_not_finite(logits, given)
         late = deadline_ms is not None and time.perf_counter() > end
-        self._count(answer, missed=len(given[0]) if late else 0)
+        self._count(answer, missed=answer.samples if late else 0)
         return answer.result(logits, given[0])
 
     def _in_pieces(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
         """A batch that would not fit into memory, as several."""
-        pieces = [
-            self._answer([v[start : start + self.max_batch] for v in given], deadline_ms, begin)
-            for start in range(0, len(given[0]), self.max_batch)
-        ]
-        join = np.concatenate if isinstance(given[0], np.ndarray) else torch.cat
+        tensors = [torch.as_tensor(value) for value in given]
+        arrays = isinstance(given[0], np.ndarray)
+        pieces = []
+        for rows in torch.arange(samples_of(given, self._selector)).split(self.max_batch):
+            part: list[Any] = take_samples(tensors, rows, self._selector)
+            part = [value.numpy() for value in part] if arrays else part
+            pieces.append(self._answer(part, deadline_ms, begin))
+        join = np.concatenate if arrays else torch.cat
         return Result(*(join([getattr(p, f.name) for p in pieces]) for f in fields(Result)))
 
     def anytime(self, *args: Any, **kwargs: Any) -> Iterator[Result]:  # noqa: ANN401
@@ -218,9 +246,9 @@ class Runner:
         Raises:
             DataError: as for a call.
         """
-        given = check_call(args, kwargs, self.call)
+        given = self._given(args, kwargs)
         values = dict(zip(self._inputs, map(self.engine.array, given), strict=True))
-        rows = np.arange(len(given[0]))
+        rows = np.arange(samples_of(given, self._selector))
         for link, call in zip(self._links, self._calls, strict=True):
             outputs = call([values[name] for name in link.inputs])
             values.update(zip(link.outputs, outputs, strict=True))
@@ -240,7 +268,7 @@ class Runner:
                 "switched the others off; to record all, make it with exits='all'."
             )
         own = "raw" if self.policy.criterion.combines else "logits"
-        given = check_call(args, kwargs, self.call)
+        given = self._given(args, kwargs)
         logits: list[Tensor] = []
 
         def keep(position: int, values: dict[str, Array]) -> np.ndarray:
@@ -249,6 +277,9 @@ class Runner:
 
         self._execute([self.engine.array(value) for value in given], keep)
         return ExitOutputs(logits, logits[-1])
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        return check_call(args, kwargs, self.call, self._selector)
 
     def _leaving(self, position: int, values: dict[str, Array]) -> np.ndarray:
         score = self.engine.host(values["score"])
@@ -270,7 +301,7 @@ class Runner:
         leaving: Callable[[int, dict[str, Array]], np.ndarray],
     ) -> Answer:
         """Run the chain on ``inputs``, letting rows go where ``leaving`` says so."""
-        samples = len(inputs[0])
+        samples = samples_of(inputs, self._selector)
         answer = Answer(self.engine, samples)
         values = dict(zip(self._inputs, inputs, strict=True))
         rows = np.arange(samples)  # the sample that each live row belongs to
@@ -297,12 +328,10 @@ class Runner:
                     stay = np.flatnonzero(waiting)
                     rows, waiting = rows[stay], np.ones(left, bool)
             # Only what later steps read is kept: the rest is freed here.
-            values = {
-                name: values[name]
-                if stay is None or (axis := link.rows[name]) is None
-                else self.engine.take(values[name], axis, stay)
-                for name in link.live
-            }
+            if stay is None:
+                values = {name: values[name] for name in link.live}
+            else:
+                values = self._compact(link, values, stay)
         return answer
 
     def _take(self, values: dict[str, Array], name: str, rows: np.ndarray) -> Array:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from offramp.build.model import MultiExitModel
 from offramp.build.outputs import find_logits
-from offramp.run.stages import Call, RowAxis, Stage, StagedModel
+from offramp.run.calls import Call
+from offramp.run.rows import RowAxis
+from offramp.run.stages import Stage, StagedModel
 
 __all__ = ["cut_by_hand"]
 

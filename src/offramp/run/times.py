@@ -6,16 +6,21 @@ import logging
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from offramp.errors import OfframpError
+from offramp.run.calls import Call
 from offramp.run.chain import Link, Step
+from offramp.run.compaction import Compaction
 from offramp.run.engines import Array, Engine, StepCall, engine_of
-from offramp.run.stages import Call, RowAxis
+from offramp.run.selection import samples_of, take_samples
+from offramp.run.stages import StagedModel
 
 __all__ = ["Line", "StageTimes", "fastest", "rows_in_memory"]
 
@@ -75,16 +80,20 @@ class StageTimes:
         links: Sequence[Link],
         calls: Sequence[StepCall],
         call: Call,
+        compact: Compaction,
         batch: int,
     ) -> StageTimes:
-        """Time every stage on the example, repeated to one and to ``batch`` rows."""
-        inputs = [engine.array(value) for value in call.tensors]
-        one, single = _run(engine, links, calls, inputs, 1)
-        many, several = batch, None
+        """Time every stage on one row of the example, and on it repeated to ``batch`` rows.
+
+        Where a selector takes samples out, the example is not repeated: ``batch`` ends there.
+        """
+        samples = samples_of(call.tensors, compact.selector)
+        one, single = _run(engine, links, calls, call, compact, torch.zeros(1, dtype=torch.int64))
+        many, several = batch if compact.selector is None else min(batch, samples), None
         while many > 1 and sum(one) * many * (REPEATS + 1) > PATIENCE_SECONDS:
             many //= 2
         if many > 1:
-            several = _run(engine, links, calls, inputs, many)
+            several = _run(engine, links, calls, call, compact, torch.arange(many) % samples)
         if several is None:
             return cls(
                 tuple(Line.through(1, t, 1, t) for t in one),
@@ -97,7 +106,9 @@ class StageTimes:
 
 
 def fastest(
-    steps: Sequence[Step], call: Call, names: Sequence[str] = ("torch", "onnxruntime", "openvino")
+    steps: Sequence[Step],
+    staged: StagedModel,
+    names: Sequence[str] = ("torch", "onnxruntime", "openvino"),
 ) -> tuple[Engine, list[StepCall]]:
     """The engine that runs all steps in the least time on a batch like the example.
 
@@ -105,7 +116,7 @@ def fastest(
     measured is logged.
     """
     found: list[tuple[float, Engine, list[StepCall]]] = []
-    batch = len(call.tensors[0])
+    batch = staged.samples
     for name in names:
         try:
             engine = engine_of(name)
@@ -113,7 +124,8 @@ def fastest(
         except OfframpError as error:
             _log.info("engine %s passed over: %s", name, error)
             continue
-        times = StageTimes.measure(engine, steps, calls, call, batch)
+        compact = Compaction(engine, steps[0].inputs, staged.selector)
+        times = StageTimes.measure(engine, steps, calls, staged.call, compact, batch)
         seconds = sum(line.at(batch) for line in times.stages)
         _log.info("engine %s: %.3f ms for a batch of %d", name, 1e3 * seconds, batch)
         found.append((seconds, engine, calls))
@@ -126,25 +138,24 @@ def _run(
     engine: Engine,
     links: Sequence[Link],
     calls: Sequence[StepCall],
-    inputs: Sequence[Array],
-    rows: int,
+    call: Call,
+    compact: Compaction,
+    rows: Tensor,
 ) -> tuple[list[float], list[float]]:
-    """Median seconds of each stage and of each compaction, for a batch of ``rows``."""
-    which = np.arange(rows) % len(inputs[0])
-    first = links[0]
-    values: dict[str, Array] = {}
-    for name, value in zip(first.inputs, inputs, strict=True):
-        axis = first.rows[name]
-        values[name] = value if axis is None else engine.take(value, axis, which)
+    """Median seconds of each stage and of each compaction, for a batch of the samples ``rows``."""
+    inputs = map(engine.array, take_samples(call.tensors, rows, compact.selector))
+    values = dict(zip(compact.inputs, inputs, strict=True))
     stages, takes = [], []
-    everyone = np.arange(rows)
-    for link, call in zip(links, calls, strict=True):
+    everyone = np.arange(len(rows))
+    for link, step in zip(links, calls, strict=True):
         given = [values[name] for name in link.inputs]
-        seconds, outputs = _median(partial(_finished, engine, call, given))
+        seconds, outputs = _median(partial(_finished, engine, step, given))
         stages.append(seconds)
         values.update(zip(link.outputs, outputs, strict=True))
-        crossing = [(values[n], axis) for n in link.live if (axis := link.rows[n]) is not None]
-        seconds, _ = _median(partial(_taken, engine, crossing, everyone))
+        if not link.live:
+            takes.append(0.0)
+            continue
+        seconds, _ = _median(partial(_taken, compact, link, values, everyone))
         takes.append(seconds)
     return stages, takes
 
@@ -157,12 +168,11 @@ def _finished(engine: Engine, call: StepCall, given: Sequence[Array]) -> list[Ar
 
 
 def _taken(
-    engine: Engine, crossing: Sequence[tuple[Array, RowAxis]], rows: np.ndarray
+    compact: Compaction, link: Link, values: Mapping[str, Array], rows: np.ndarray
 ) -> list[Array]:
-    values = [engine.take(value, axis, rows) for value, axis in crossing]
-    if values:
-        engine.wait(values[-1])
-    return values
+    taken = list(compact(link, values, rows).values())
+    compact.engine.wait(taken[-1])
+    return taken
 
 
 def _median(run: Callable[[], list[Array]]) -> tuple[float, list[Array]]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -107,6 +108,7 @@ class EpochLoader:
         epoch: number of the epoch over all phases, counted from 0.
         skip: batches that are fetched and dropped at the start of the epoch.
         census: counts the samples of epoch 0, if given.
+        select: for inputs whose dimension 0 is not the batch: the function that takes rows.
     """
 
     def __init__(
@@ -117,12 +119,14 @@ class EpochLoader:
         num_classes: int,
         role: str = "training",
         census: Census | None = None,
+        select: Callable[..., Any] | None = None,
     ) -> None:
         self.loader = loader
         self.seed = seed
         self.num_classes = num_classes
         self.role = role
         self.census = census
+        self.select = select
         self.epoch = 0
         self.skip = 0
         if self.length == 0:
@@ -169,11 +173,11 @@ class EpochLoader:
             )
 
     def _read(self, item: Any, index: int) -> Batch:  # noqa: ANN401
-        batch = unpack(item)
+        batch = unpack(item, select=self.select)
         labels = check_labels(
             batch.labels, self.num_classes, f"Batch {index} of the {self.role} loader"
         )
-        return Batch(batch.args, batch.kwargs, labels)
+        return replace(batch, labels=labels)
 
 
 class Census:

@@ -260,7 +260,7 @@ def fit(
     if optimizer is not None and lr is not None:
         raise DataError("lr is for the default optimizer. Set it in your own, and leave lr out.")
     plan = as_plan(scheme, model.num_exits, epochs)
-    train = EpochLoader(loader, seed=seed, num_classes=model.num_classes)
+    train = EpochLoader(loader, seed=seed, num_classes=model.num_classes, select=model.select)
     rate = DEFAULT_LR if lr is None else lr
     settings = Settings(
         seed=seed,
@@ -288,7 +288,11 @@ def fit(
         judge = None
         if validation is not None:
             judge = EpochLoader(
-                validation, seed=seed, num_classes=model.num_classes, role="validation"
+                validation,
+                seed=seed,
+                num_classes=model.num_classes,
+                role="validation",
+                select=model.select,
             )
         session = Session(model, History(plan), settings, train, judge, ProgressLine(False, 0))
         _resume(session, resume)

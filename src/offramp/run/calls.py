@@ -1,0 +1,68 @@
+"""One call of a model, flattened into its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from offramp.build.batch import as_call
+
+__all__ = ["Call"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a model, flattened: what a runtime can hand on, and how to build it again.
+
+    Attributes:
+        leaves: all leaves of ``(args, kwargs)``: tensors and constants.
+        spec: their structure.
+    """
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+
+    @classmethod
+    def of(cls, example: object) -> Call:
+        """The call that an example stands for: a tensor, a tuple, or a mapping of keywords."""
+        return cls.of_call(*as_call(example))
+
+    @classmethod
+    def of_call(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """The call ``model(*args, **kwargs)``."""
+        return cls(*pytree.tree_flatten((tuple(args), dict(sorted(kwargs.items())))))
+
+    @cached_property
+    def tensors(self) -> list[Any]:
+        """The leaves that are data."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensor | np.ndarray)]
+
+    def build(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` with ``tensors`` in the places of its own."""
+        fresh = iter(tensors)
+        leaves = [next(fresh) if isinstance(x, Tensor | np.ndarray) else x for x in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+    def describe(self) -> str:
+        """The call with shapes in place of tensors."""
+        leaves = [tuple(x.shape) if hasattr(x, "shape") else x for x in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        named = [f"{name}={value}" for name, value in kwargs.items()]
+        return "(" + ", ".join([*map(str, args), *named]) + ")"
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """A name for each tensor: its keyword, or its position."""
+        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(self.leaves, self.spec))[0]
+        return tuple(
+            "_".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path[1:])
+            for path, leaf in paths
+            if isinstance(leaf, Tensor | np.ndarray)
+        )
