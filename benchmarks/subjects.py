@@ -17,7 +17,17 @@ from offramp.decide.policy import Policy
 from offramp.run.runner import Runner
 from offramp.zoo import cifar_resnet
 
-__all__ = ["MIXES", "NEVER", "SUBJECTS", "Subject", "resnet56", "rows_of", "thresholds_for"]
+__all__ = [
+    "EXITS",
+    "MIXES",
+    "NEVER",
+    "SMALL",
+    "SUBJECTS",
+    "Subject",
+    "policy_for",
+    "resnet56",
+    "thresholds_for",
+]
 
 EXITS = 2
 NEVER = 2.0  # no confidence reaches it, and it is finite: heads and scores are still computed
@@ -33,26 +43,30 @@ class Subject:
     Attributes:
         name: for the tables.
         backbone: makes it, from the folder of data.
-        rows: makes that many input rows.
+        inputs: makes that many input rows.
+        device: where both are.
     """
 
     name: str
     backbone: Callable[[Path | None], nn.Module]
-    rows: Callable[[int], Rows]
+    inputs: Callable[[int], Rows]
+    device: str = "cpu"
+
+    def rows(self, count: int) -> Rows:
+        """That many input rows, on the device."""
+        made = self.inputs(count)
+        if isinstance(made, dict):
+            return {name: value.to(self.device) for name, value in made.items()}
+        return made.to(self.device)
 
     def model(self, data: Path | None) -> MultiExitModel:
         """With two exits at a third and two thirds of its cost."""
         torch.manual_seed(0)
-        backbone = self.backbone(data).eval()
+        backbone = self.backbone(data).eval().to(self.device)
         model = attach(backbone, self.rows(4), exits=EXITS).eval()
         for linear in [m for m in model.heads.modules() if isinstance(m, nn.Linear)]:
             nn.init.normal_(linear.weight)  # so that the scores of rows differ
         return model
-
-
-def rows_of(rows: Rows, which: slice | Sequence[int]) -> Rows:
-    """Some rows of an input."""
-    return {k: v[which] for k, v in rows.items()} if isinstance(rows, dict) else rows[which]
 
 
 def thresholds_for(scores: Sequence[np.ndarray], shares: Sequence[float]) -> list[float]:
@@ -126,6 +140,13 @@ def _tokens(rows: int) -> dict[str, Tensor]:
     ids = torch.randint(0, 8000, (rows, 128), generator=torch.Generator().manual_seed(rows))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
+
+def _small(_: Path | None) -> nn.Module:
+    blocks = [nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(5)]
+    return nn.Sequential(*blocks, nn.Linear(32, 10))
+
+
+SMALL = Subject("perceptron_32", _small, _images(32))
 
 SUBJECTS = {
     one.name: one

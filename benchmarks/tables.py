@@ -1,7 +1,8 @@
 """Write the tables of the documents from the results; no figure in them is typed.
 
 A document has a table where it says ``<!-- table: NAME -->`` and ``<!-- /table -->``; what stands
-between is replaced by what the function of that name makes of ``results/NAME.json``. With
+between is replaced by what the function of that name makes of ``results/NAME.json`` (where the name
+has a dot, of the file that is named before it). With
 ``--check``, nothing is written, and a table that differs ends the program with 1.
 """
 
@@ -14,6 +15,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.runtime_tables import RUNTIME_TABLES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -51,7 +56,7 @@ def digits(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Table] = {"digits": digits}
+TABLES: dict[str, Table] = {"digits": digits, **RUNTIME_TABLES}
 
 
 def _scored(scored: dict[str, Any]) -> str:
@@ -64,7 +69,7 @@ def filled(text: str) -> str:
 
     def put(match: re.Match[str]) -> str:
         begin, name, end = match.groups()
-        source = RESULTS / f"{name}.json"
+        source = RESULTS / f"{name.partition('.')[0]}.json"
         if not source.exists():
             return begin + end
         return f"{begin}\n{TABLES[name](json.loads(source.read_text('utf-8')))}\n\n{end}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from offramp.decide.trace import Trace
 from offramp.demo import QUICK, digits
 from offramp.demo import run as run_demo
 from offramp.errors import ArtifactError, DataError
+from offramp.run.artifact import load
+from offramp.run.runner import Runner
 from tests.networks import example_of, make
 
 HERE = "tests.test_cli"
@@ -49,6 +52,10 @@ def calibration():
 
 def held_out():
     return _loader(3)
+
+
+def nothing():
+    return []
 
 
 def not_a_network():
@@ -107,6 +114,158 @@ def test_from_fit_to_evaluate(fitted, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", str(traces["held_out"]), str(policy)])
     assert report["verdict"].split(":")[0] in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def artifact(fitted, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deployed")
+    policy = Policy("confidence", [0.5, 0.5])
+    policy.save(folder / "policy.json")
+    (folder / "classes.txt").write_text("a\nb\nc\nd\n")
+    with pytest.raises(SystemExit) as ended:
+        main(
+            ["export", str(fitted), str(folder / "policy.json"), "--out", str(folder / "net")]
+            + ["--classes", str(folder / "classes.txt"), "--preprocessing", '{"mean": [0.5]}']
+            + ["--stages", "--json"]
+        )
+    assert ended.value.code == 0
+    return folder / "net"
+
+
+def test_export_writes_what_it_says(fitted, artifact, tmp_path, capsys):
+    told = {"mean": [0.25]}
+    (tmp_path / "p.json").write_text(json.dumps(told))
+    policy = artifact.parent / "policy.json"
+    said = call(
+        capsys, "export", fitted, policy, "--out", tmp_path / "net", "--classes", "a, b,c,d",
+        "--preprocessing", tmp_path / "p.json",
+    )  # fmt: skip
+    assert said["classes"] == list("abcd")
+    assert said["preprocessing"] == told
+    assert set(said["sha256"]) == {"model.onnx", "policy.json"}
+    assert said["proof"]["rows"] >= 1000
+    assert call(capsys, "verify", tmp_path / "net") == said
+    model, x = load_model(fitted)[0], example_of("mlp", 32, seed=3)
+    wanted = Runner(model, Policy.load(policy), x)(x)
+    assert torch.equal(load(tmp_path / "net")(x).exit, wanted.exit)
+
+
+def test_exits_that_are_off_are_kept_when_asked(fitted, tmp_path, capsys):
+    policy = tmp_path / "policy.json"
+    Policy("confidence", [float("inf"), 0.5]).save(policy)
+    out = tmp_path / "net"
+    said = call(capsys, "export", fitted, policy, "--out", out)
+    assert [step["exit"] for step in said["steps"]] == [1, 2]
+    said = call(capsys, "export", fitted, policy, "--out", out, "--all-exits")
+    assert [step["exit"] for step in said["steps"]] == [0, 1, 2]
+
+
+def test_verify_shows_what_an_artifact_holds(artifact, capsys):
+    said = call(capsys, "verify", artifact)
+    assert said["classes"] == list("abcd")
+    assert said["preprocessing"] == {"mean": [0.5]}
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", str(artifact)])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for name, digest in said["sha256"].items():
+        assert name in shown
+        assert digest in shown
+    assert "stages/2.onnx" in shown
+    assert "inputs: 0: float32 (batch, 12)" in shown
+    assert shown.rstrip().endswith("intact")
+
+
+@pytest.mark.parametrize("part", ["model.onnx", "policy.json", "manifest.json", "stages/1.onnx"])
+def test_verify_names_the_damaged_part(artifact, tmp_path, capsys, part):
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    raw = bytearray((copy / part).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (copy / part).write_bytes(raw)
+    for command in (("verify",), ("verify", "--json"), ("bench",)):
+        message = refused(capsys, *command, copy)
+        assert message.startswith("error: ")
+        assert part in message
+
+
+def test_bench_times_every_mix_at_every_size(artifact, capsys):
+    arguments = ["bench", artifact, "--seconds", 0.2, "--threads", 1]
+    said = call(capsys, *arguments, "--data", f"{HERE}:held_out")
+    assert (said["engine"], said["threads"]) == ("onnxruntime", 1)
+    assert {"offramp", "torch", "onnxruntime"} <= set(said["versions"])
+    rows = {(row["mix"], row["batch"]): row for row in said["rows"]}
+    mixes = ("as calibrated", "nobody leaves", "all at the first exit")
+    assert set(rows) == {(mix, size) for mix in mixes for size in (1, 8, 32, 64)}
+    for (mix, size), row in rows.items():
+        assert row["ms"] > 0
+        assert sum(row["exits"]) == size
+        if mix != "as calibrated":
+            assert row["exits"][0 if "first" in mix else 2] == size
+    x = next(iter(held_out()))[0]
+    wanted = load(artifact)(x[torch.arange(64) % 32]).exit
+    assert rows["as calibrated", 64]["exits"] == torch.bincount(wanted, minlength=3).tolist()
+    with pytest.raises(SystemExit):
+        main([str(argument) for argument in arguments])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "batch 64" in shown
+    assert "all at the first exit" in shown
+    assert "On random numbers; as calibrated, of 64 there left at each exit: " in shown
+
+
+def test_bench_on_another_engine(artifact, capsys):
+    pytest.importorskip("openvino")
+    said = call(capsys, "bench", artifact, "--seconds", 0.1, "--engine", "openvino")
+    assert said["engine"] == "openvino"
+
+
+def test_an_artifact_can_be_recorded(fitted, artifact, tmp_path, capsys):
+    traces = []
+    for folder in (artifact, fitted):
+        trace = tmp_path / f"{len(traces)}.safetensors"
+        call(capsys, "record", folder, "--data", f"{HERE}:held_out", "--out", trace)
+        traces.append(Trace.load(trace))
+    deployed, model = traces
+    assert torch.allclose(deployed.logits, model.logits, atol=1e-4)
+    assert torch.equal(deployed.labels, model.labels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            ("export", "{model}", "{policy}", "--out", "{out}/net", "--classes", "a,b"),
+            "2 class names for a model of 4 classes",
+        ),
+        (
+            ("export", "{model}", "{policy}", "--out", "{out}", "--preprocessing", "mean"),
+            "--preprocessing 'mean' cannot be read as JSON",
+        ),
+        (
+            ("export", "{model}", "{policy}", "--out", "{out}", "--preprocessing", "[1]"),
+            "is a JSON list; expected an object",
+        ),
+        (("export", "{model}", "{out}/no.json", "--out", "{out}"), "There is no policy at"),
+        (("export", "{out}", "{policy}", "--out", "{out}/net"), "does not hold a model"),
+        (("export", "{model}", "{policy}", "--out", "{model}"), "is no artifact of offramp"),
+        (("verify", "{out}"), "is no artifact of offramp: it has no manifest.json"),
+        (("bench", "{out}"), "is no artifact of offramp"),
+        (("bench", "{artifact}", "--engine", "onnxruntim"), "Did you mean 'onnxruntime'?"),
+        (("bench", "{artifact}", "--threads", "0"), "--threads 0: expected 1 or more"),
+        (("bench", "{artifact}", "--data", f"{HERE}:nothing"), "The loader yields nothing"),
+    ],
+)
+def test_what_cannot_be_deployed_is_one_message(
+    fitted, artifact, tmp_path, capsys, arguments, text
+):
+    places = {
+        "model": fitted,
+        "policy": artifact.parent / "policy.json",
+        "artifact": artifact,
+        "out": tmp_path,
+    }
+    message = refused(capsys, *(word.format(**places) for word in arguments))
+    assert message.startswith("error: ")
+    assert text in message
 
 
 def test_a_saved_model_comes_back(fitted):

@@ -1,21 +1,25 @@
 from __future__ import annotations
 
-import json
-import shutil
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from torch import Tensor, nn
 
-from offramp.decide.policy import Policy
-from offramp.errors import ArtifactError, EqualityError, OfframpError
+from offramp.build.model import attach
+from offramp.decide.criteria import Criterion
+from offramp.decide.policy import Policy, replay
+from offramp.decide.record import record
+from offramp.errors import ArtifactError, DataError, EqualityError
 from offramp.run import artifact
-from offramp.run.artifact import MANIFEST, MODEL, POLICY, export, load, verify
+from offramp.run.artifact import MODEL, POLICY, export, load, verify
 from offramp.run.runner import Runner
-from tests.networks import example_of
-from tests.run.conftest import case
+from tests.decide.rules import CLASSES, EXITS, every_rule
+from tests.networks import MLP, example_of
+from tests.run.conftest import case, whole
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +30,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export(one.model, Policy("patience", [0.0, 1.0]), one.example, path, classes=names)
 
 
-@pytest.fixture
-def copy(made: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(made, tmp_path / "copy.offramp"))
+@pytest.fixture(scope="module")
+def pooled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One whose heads pool, with its stages as files."""
+    one = case("cnn")
+    path = tmp_path_factory.mktemp("artifact") / "cnn.offramp"
+    return export(one.model, Policy("confidence", [0.6, 0.6]), one.example, path, stages=True)
 
 
 @pytest.mark.parametrize("thresholds", [None, [0.0, 0.0], [9.0, 1.0], [9.0, 9.0]])
@@ -67,59 +74,167 @@ def test_the_manifest_tells_what_a_client_needs(made: Path) -> None:
     assert [entry["name"] for entry in manifest["inputs"]] == ["attention_mask", "input_ids"]
     assert manifest["proof"]["rows"] >= 1000
     assert manifest["proof"]["batches"] == [1, 7, 32]
+    assert manifest["proof"]["mixes"] == ["none leave", "all leave", "mixed", "as calibrated"]
+    assert manifest["proof"]["largest_relative_difference"] <= 1e-4
+    assert manifest["preprocessing"] is None
+    assert manifest["costs"]["stages"] == list(case("encoder").model.costs.stages)
+    for name, digest in manifest["sha256"].items():
+        assert hashlib.sha256((made / name).read_bytes()).hexdigest() == digest
     assert Policy.load(made / POLICY).thresholds == (0.0, 1.0)
 
 
-@pytest.mark.parametrize("part", [MODEL, POLICY, MANIFEST])
-def test_one_flipped_byte_is_refused_by_name(copy: Path, part: str) -> None:
-    raw = bytearray((copy / part).read_bytes())
-    for at in np.linspace(0, len(raw) - 1, 7).astype(int):
-        raw[at] ^= 1
-        (copy / part).write_bytes(raw)
-        with pytest.raises(ArtifactError, match=part):
-            load(copy)
-        raw[at] ^= 1
-    (copy / part).write_bytes(raw)
-    load(copy)
+@pytest.mark.parametrize("thresholds", [[0.0, 0.0], [9.0, 1.0], [9.0, 9.0]])
+@pytest.mark.parametrize("kind", ["cnn", "encoder"])
+def test_openvino_answers_as_onnxruntime(
+    made: Path, pooled: Path, kind: str, thresholds: list[float]
+) -> None:
+    """OpenVINO takes the default of an input for a constant: other thresholds are put there."""
+    openvino = pytest.importorskip("openvino")
+    path = (pooled if kind == "cnn" else made) / MODEL
+    core = openvino.Core()
+    model = core.read_model(path)
+    default = next(op for op in model.get_ops() if op.get_friendly_name() == "thresholds")
+    fresh = openvino.opset13.constant(np.array(thresholds, np.float32))
+    for reader in list(default.output(0).get_target_inputs()):
+        reader.replace_source_output(fresh.output(0))
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    session = onnxruntime.InferenceSession(path)
+    for size in (1, 7, 32):
+        x = example_of(kind, size, seed=8)
+        feed = {k: v.numpy() for k, v in (x if isinstance(x, dict) else {"0": x}).items()}
+        wanted = session.run(None, {**feed, "thresholds": np.array(thresholds, np.float32)})
+        got = compiled(feed)
+        assert np.allclose(got["logits"], wanted[0], atol=1e-4)
+        assert got["prediction"].tolist() == wanted[1].tolist()
+        assert got["exit"].tolist() == wanted[2].tolist()
+        assert np.allclose(got["score"], wanted[3], atol=1e-4)
 
 
-@pytest.mark.parametrize("part", [MODEL, POLICY, MANIFEST])
-def test_a_cut_off_or_missing_part_is_refused_by_name(copy: Path, part: str) -> None:
-    raw = (copy / part).read_bytes()
-    (copy / part).write_bytes(raw[: len(raw) // 2])
-    with pytest.raises(ArtifactError, match=part):
-        load(copy)
-    (copy / part).unlink()
-    with pytest.raises(ArtifactError, match=part):
-        load(copy)
+def test_openvino_takes_the_file_as_it_is(made: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    feed = {k: v.numpy() for k, v in example_of("encoder", 9, seed=2).items()}
+    single = {"INFERENCE_PRECISION_HINT": "f32"}  # some CPUs would compute in bfloat16
+    got = openvino.compile_model(made / MODEL, "CPU", single)(feed)
+    wanted = onnxruntime.InferenceSession(made / MODEL).run(None, feed)
+    assert np.allclose(got["logits"], wanted[0], atol=1e-4)
+    assert got["exit"].tolist() == wanted[2].tolist()
 
 
-def test_a_later_schema_is_refused(copy: Path) -> None:
-    manifest = json.loads((copy / MANIFEST).read_text())
-    (copy / MANIFEST).write_bytes(artifact._sealed({**manifest, "schema": 99}))
-    with pytest.raises(ArtifactError, match="schema 99.*Update offramp"):
-        load(copy)
+def test_stages_can_be_files_of_their_own(pooled: Path) -> None:
+    """A client may move the survivors itself: here by hand, in plain onnxruntime."""
+    manifest = verify(pooled)
+    assert set(manifest["sha256"]) == {MODEL, POLICY, *(f"stages/{k}.onnx" for k in range(3))}
+    x = example_of("cnn", 8, seed=4).numpy()
+    sessions = [onnxruntime.InferenceSession(pooled / f"stages/{k}.onnx") for k in range(3)]
+    thresholds = [*Policy.load(pooled / POLICY).thresholds, -np.inf]
+    wanted = load(pooled)(x)
+    for row in range(8):
+        values = dict(zip(manifest["steps"][0]["inputs"], [x[row : row + 1]], strict=True))
+        steps = zip(manifest["steps"], sessions, thresholds, strict=True)
+        for step, session, threshold in steps:
+            names = [value.name for value in session.get_inputs()]
+            given = [values[name] for name in step["inputs"]]
+            answer = session.run(None, dict(zip(names, given, strict=True)))
+            values.update(zip(step["outputs"], answer, strict=True))
+            if values["score"][0] >= threshold:
+                break
+        assert step["exit"] == wanted.exit[row]
+        assert np.allclose(values["logits"][0], wanted.logits[row], atol=1e-5)
 
 
-def test_a_foreign_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match="no artifact of offramp"):
-        load(tmp_path)
-    with pytest.raises(ArtifactError, match="is no artifact of offramp. Choose another path"):
-        export(case("mlp").model, Policy.final(), case("mlp").example, tmp_path)
+def test_what_is_loaded_can_be_recorded_and_retuned(made: Path) -> None:
+    batches = [example_of("encoder", 16, seed=seed) for seed in range(3)]
+    runner = load(made)
+    trace = record(runner, batches, progress=False)
+    wanted = record(case("encoder").model, batches, progress=False)
+    assert torch.allclose(trace.logits, wanted.logits, atol=1e-4)
+    assert trace.places == wanted.places
+    policy = Policy(runner.policy.criterion, [9.0, 1.0])
+    decided = replay(trace, policy)
+    retuned = runner.under(policy)
+    got = [retuned(x) for x in batches]
+    assert torch.equal(torch.cat([r.exit for r in got]), decided.exit)
+    assert torch.equal(torch.cat([r.prediction for r in got]), decided.prediction)
+    assert len(decided.exit.unique()) == 2
 
 
-def test_damaged_files_always_give_the_own_error(copy: Path) -> None:
-    rng = np.random.default_rng(0)
-    manifest = (copy / MANIFEST).read_bytes()
-    for _ in range(1000):
-        raw = bytearray(manifest)
-        for _ in range(int(rng.integers(1, 20))):
-            raw[int(rng.integers(len(raw)))] = int(rng.integers(256))
-        (copy / MANIFEST).write_bytes(raw[: int(rng.integers(1, len(raw) + 1))])
-        if bytes(raw) == manifest:
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_what_is_loaded_answers_at_any_time(made: Path, engine: str) -> None:
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    x = example_of("encoder", 6)
+    logits = whole(case("encoder"), x)
+    runner = load(made, engine).under(Policy("patience", [9.0, 9.0]))
+    for exit, (result, wanted) in enumerate(zip(runner.anytime(x), logits, strict=True)):
+        assert result.exit.tolist() == [exit] * 6
+        assert torch.allclose(result.logits, wanted, atol=1e-4)
+    assert runner(x, deadline_ms=1e6).exit.tolist() == [2] * 6
+    assert runner.stats.missed == 0
+    late = runner(x, deadline_ms=1e-6)  # the first stage always runs
+    assert late.exit.tolist() == [0] * 6
+    assert torch.allclose(late.logits, logits[0], atol=1e-4)
+    assert runner.stats.missed == 6
+
+
+SAMPLE = ("voting", "weighted geometric", "gate on an ensemble")  # state of each sort
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "name",
+    [n if n in SAMPLE else pytest.param(n, marks=pytest.mark.slow) for n in sorted(every_rule())],
+)
+def test_the_file_decides_by_every_criterion(tmp_path: Path, name: str) -> None:
+    rule = every_rule()[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = attach(MLP(classes=CLASSES).eval(), torch.randn(4, 12), exits=EXITS - 1).eval()
+        for linear in [m for m in model.heads.modules() if isinstance(m, nn.Linear)]:
+            nn.init.normal_(linear.weight)
+        x = torch.randn(256, 12)
+    trace = record(model, [x], progress=False)
+    thresholds = thresholds_between(trace.logits, rule)
+    policy = Policy(rule, thresholds)
+    path = export(model, policy, x[:4], tmp_path / "a.offramp")
+    session = onnxruntime.InferenceSession(path / MODEL)
+    logits, prediction, exit, _ = session.run(None, {"0": x.numpy()})
+    wanted = replay(trace, policy)
+    assert len(wanted.exit.unique()) >= 2
+    assert exit.tolist() == wanted.exit.tolist()
+    assert prediction.tolist() == wanted.prediction.tolist()
+    assert np.allclose(logits, wanted.logits, atol=1e-4)
+    loaded = load(path)
+    assert type(loaded.policy.criterion) is type(rule)
+    assert loaded(x).exit.tolist() == wanted.exit.tolist()
+
+
+def thresholds_between(logits: Tensor, rule: Criterion) -> list[float]:
+    """For each exit but the last a threshold amid its scores, as far as can be from any of them."""
+    state: tuple[Tensor, ...] = ()
+    found = []
+    for k in range(EXITS - 1):
+        _, score, state = rule(logits[k], state, k)
+        values = score.detach().unique()
+        if len(values) == 1:  # one vote, of one exit: nobody leaves
+            found.append(float(values[0]) + 1)
             continue
-        with pytest.raises(OfframpError):
-            artifact._manifest(copy)
+        middle = values[len(values) // 3 : max(2, 2 * len(values) // 3) + 1]
+        at = int(middle.diff().argmax())
+        found.append(float(middle[at : at + 2].mean()))
+    return found
+
+
+def test_preprocessing_is_kept_for_the_client(tmp_path: Path) -> None:
+    one, policy = case("mlp"), Policy("confidence", [0.5, 0.5])
+    told = {"mean": [0.485, 0.456], "resize": {"short side": 256}, "channels": "RGB"}
+    path = export(one.model, policy, one.example, tmp_path / "a", preprocessing=told)
+    assert verify(path)["preprocessing"] == told
+    for bad in ({"mean": torch.zeros(3)}, {"scale": float("nan")}):
+        with pytest.raises(ArtifactError, match="preprocessing cannot be written as JSON"):
+            export(one.model, policy, one.example, tmp_path / "b", preprocessing=bad)
+    with pytest.raises(ArtifactError, match="2 class names for a model of 4 classes"):
+        export(one.model, policy, one.example, tmp_path / "b", classes=["a", "b"])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
 def test_a_file_that_differs_is_not_written(
@@ -150,3 +265,30 @@ def test_exits_that_are_off_leave_no_trace_in_the_file(tmp_path: Path) -> None:
     result = load(path)(one.example)
     with torch.no_grad():
         assert torch.allclose(result.logits, one.backbone(one.example), atol=1e-5)
+
+
+class Scaled(nn.Module):
+    """Takes what is no tensor, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        return scale * self.last(hidden if mask is None else hidden * mask)
+
+
+def test_arguments_that_are_no_tensors_are_part_of_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    example = {"x": torch.randn(4, 6), "mask": None, "scale": 2.0}
+    model = attach(Scaled().eval(), example, exits=["first"])
+    policy = Policy("confidence", [0.9])
+    path = export(model, policy, example, tmp_path / "a.offramp")
+    for runner in (Runner(model, policy, example), load(path)):
+        result = runner(example)
+        with torch.no_grad():
+            wanted = torch.stack(list(model(**example).logits))
+        assert torch.allclose(result.logits, wanted[result.exit, torch.arange(4)], atol=1e-5)
+        with pytest.raises(DataError, match="scale=3.0.*but the example had.*scale=2.0"):
+            runner({**example, "scale": 3.0})

@@ -93,3 +93,38 @@ def test_a_reshape_that_depends_on_the_batch_stays_as_it_is() -> None:
     before = model.SerializeToString()
     allow_empty(model)
     assert model.SerializeToString() == before
+
+
+POOLS = {
+    "mean": nn.AvgPool2d(2),
+    "mean of overlapping windows": nn.AvgPool2d(3, 2, 1),
+    "mean without the border": nn.AvgPool2d(3, 2, 1, count_include_pad=False),
+    "largest": nn.MaxPool2d(3, 2, 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", POOLS)
+def test_pools_take_any_number_of_rows_in_every_engine(name: str) -> None:
+    openvino = pytest.importorskip("openvino")
+    pool = POOLS[name]
+    model = exported(pool, 6, 8, 8)
+    allow_empty(model)
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU")
+    for rows in (0, 1, 4):
+        x = torch.randn(rows, 6, 8, 8)
+        for got in (answer(model, x.numpy()), compiled([x.numpy()])[0]):
+            assert got.shape == (rows, 6, *pool(torch.zeros(1, 6, 8, 8)).shape[2:])
+            if rows:
+                np.testing.assert_allclose(got, pool(x).numpy(), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_always_has_rows_is_left_as_it_is() -> None:
+    model = exported(POOLS["largest"], 6, 8, 8)
+    before = model.SerializeToString()
+    allow_empty(model, [model.graph.input[0].name])
+    assert model.SerializeToString() == before
+    allow_empty(model)
+    assert [n.op_type for n in model.graph.node].count("Pad") == 1

@@ -15,6 +15,7 @@ from offramp.build.model import attach
 from offramp.decide.policy import Policy
 from offramp.errors import DataError, EqualityError, OfframpError, PolicyError
 from offramp.run.chain import Link
+from offramp.run.engines import Torch
 from offramp.run.rows import RowAxis
 from offramp.run.runner import Runner
 from offramp.run.times import Line, StageTimes
@@ -149,6 +150,36 @@ def test_not_compacting_gives_the_same_answers(kind: str) -> None:
     stayed = runner(x)
     assert torch.equal(compacted.exit, stayed.exit)
     assert torch.allclose(compacted.logits, stayed.logits, atol=1e-5)
+
+
+class Rounded(Torch):
+    """As on a device: steps run at powers of two."""
+
+    def bucket(self, rows: int) -> int:
+        return 1 << max(0, rows - 1).bit_length()
+
+
+def test_batch_sizes_are_rounded_up_with_rows_that_are_answered() -> None:
+    one = case("cnn")
+    x = example_of("cnn", 13)
+    scores = torch.softmax(whole(one, x)[0], -1).max(-1).values.sort(descending=True).values
+    threshold = float(scores[7] + scores[8]) / 2  # eight leave, five stay
+    runner = Runner(one.model, Policy("confidence", [threshold, 2.0]), one.example, engine="torch")
+    runner.times = StageTimes.none()
+    wanted = runner(x)
+    runner.engine, sizes = Rounded(), []
+    compact = runner._compact
+
+    def noted(link: Link, values: dict[str, Tensor], rows: np.ndarray) -> dict[str, Tensor]:
+        sizes.append(len(rows))
+        return compact(link, values, rows)
+
+    runner._compact = noted
+    result = runner(x)
+    assert wanted.exit.tolist().count(0) == 8
+    assert sizes == [8]  # five go on, and three that are answered fill up
+    assert torch.equal(result.exit, wanted.exit)
+    assert torch.allclose(result.logits, wanted.logits, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -324,3 +355,23 @@ def test_a_runner_leaves_the_model_as_it_was() -> None:
     Runner(model, Policy("confidence", [0.5, 0.5]), example_of("cnn"))
     assert all(module.training for module in model.modules())
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_other_thresholds_need_no_new_stages() -> None:
+    one = case("cnn")
+    runner = Runner(one.model, Policy("confidence", [0.5, 0.5]), one.example)
+    x = example_of("cnn", 9)
+    fresh = Runner(one.model, Policy("confidence", [0.3, 0.9]), one.example)
+    other = runner.under(Policy("confidence", [0.3, 0.9]))
+    assert torch.equal(other(x).exit, fresh(x).exit)
+    assert (other.stats.samples, runner.stats.samples) == (9, 0)
+    assert runner.policy.thresholds == (0.5, 0.5)
+
+
+def test_other_thresholds_of_another_rule_or_exit_are_refused() -> None:
+    one = case("cnn")
+    runner = Runner(one.model, Policy("confidence", [math.inf, 0.5]), one.example)
+    with pytest.raises(PolicyError, match="'entropy'"):
+        runner.under(Policy("entropy", [0.5, 0.5]))
+    with pytest.raises(PolicyError, match="exit 0, which this runner left out"):
+        runner.under(Policy("confidence", [0.5, 0.5]))

@@ -96,7 +96,7 @@ class MapHead(nn.Module):
             feature = feature.movedim(-1, 1)
         if self.reduce is not None:
             feature = self.reduce(feature)
-        logits: Tensor = self.classifier(feature.flatten(2).mean(2))
+        logits: Tensor = self.classifier(feature.mean(tuple(range(2, feature.ndim))))
         return logits
 
 
@@ -236,7 +236,8 @@ def _conv(
     fitting = [option for option in options if budget is None or option[0] <= budget]
     if not fitting:
         return MapHead(shape, classes, last=last)
-    _, width, side = max(fitting)
+    # At equal cost the narrower of higher resolution: at small batches weights cost time, too.
+    _, side, width = max((macs, side, width) for macs, width, side in fitting)
     return MapHead(shape, classes, width, side, last)
 
 

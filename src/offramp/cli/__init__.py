@@ -1,4 +1,7 @@
-"""The command line: ``offramp demo | inspect | fit | record | calibrate | evaluate``."""
+"""The command line: ``offramp demo | inspect | fit | record | calibrate | evaluate``.
+
+And ``export | verify | bench`` for what is deployed.
+"""
 
 from __future__ import annotations
 

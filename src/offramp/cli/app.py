@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 
 from offramp.analyse.table import WIDTH
 from offramp.errors import OfframpError
@@ -147,18 +147,21 @@ def fit(
 
 @app.command()
 def record(
-    model: Annotated[Path, typer.Argument(help="Folder that `offramp fit` wrote.")],
+    model: Annotated[
+        Path, typer.Argument(help="Folder that `offramp fit` wrote, or `offramp export`.")
+    ],
     data: Annotated[str, typer.Option(help="module:factory of the loader.")],
     out: Annotated[Path, typer.Option(help="The trace, a .safetensors file.")],
     source: Annotated[str | None, typer.Option(help="A name for the data.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Keep what every exit of a trained model says on data."""
+    """Keep what every exit of a trained model, or of an artifact, says on data."""
     from offramp.cli.factories import loader_of
     from offramp.cli.saved import load_model
     from offramp.decide.record import record as keep
+    from offramp.run.artifact import MANIFEST, load
 
-    loaded, _ = load_model(model)
+    loaded = load(model) if (model / MANIFEST).is_file() else load_model(model)[0]
     trace = keep(loaded, loader_of(data), source=source, path=out, progress=not as_json)
     facts = {
         "out": str(out),
@@ -230,6 +233,81 @@ def evaluate(
     if plot is not None:
         _write(plot, picture(report, plot.suffix.removeprefix(".") or "png"))
     _show(report.to_dict(), report, as_json)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Folder that `offramp fit` wrote.")],
+    policy: Annotated[Path, typer.Argument(help="The policy, a .json file.")],
+    out: Annotated[Path, typer.Option(help="The artifact, a folder.")],
+    classes: Annotated[
+        str | None, typer.Option(help="Their names: cat,dog or a file with one on each line.")
+    ] = None,
+    preprocessing: Annotated[
+        str | None,
+        typer.Option(help="Of the inputs, to be told: a JSON object or a .json file."),
+    ] = None,
+    all_exits: Annotated[
+        bool, typer.Option(help="Keep exits that are switched off, to calibrate anew.")
+    ] = False,
+    stages: Annotated[bool, typer.Option(help="Also write each stage as a file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a model and its policy as one ONNX file, compared with the model before."""
+    from offramp.cli.deploy import Holdings, class_names, json_object
+    from offramp.cli.saved import load_model
+    from offramp.decide.policy import Policy
+    from offramp.run.artifact import export as write
+    from offramp.run.artifact import verify as check
+
+    rule, about = Policy.load(policy), json_object(preprocessing)
+    loaded, example = load_model(model)
+    names = class_names(classes)
+    write(
+        loaded,
+        rule,
+        example,
+        out,
+        classes=names,
+        preprocessing=about,
+        exits="all" if all_exits else "active",
+        stages=stages,
+    )
+    held = Holdings(out, check(out))
+    _show(held.to_dict(), Group(held.render(), f"written to {out}"), as_json)
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="Folder that `offramp export` wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every part of an artifact, and show what it holds; exit code 1 where it is damaged."""
+    from offramp.cli.deploy import Holdings
+    from offramp.run.artifact import verify as check
+
+    held = Holdings(artifact, check(artifact))
+    _show(held.to_dict(), Group(held.render(), "intact"), as_json)
+
+
+@app.command()
+def bench(
+    artifact: Annotated[Path, typer.Argument(help="Folder that `offramp export` wrote.")],
+    engine: Annotated[str, typer.Option(help="onnxruntime or openvino.")] = "onnxruntime",
+    threads: Annotated[int | None, typer.Option(help="Default: one for each core.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="module:factory of a loader; else random numbers are run.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="About how long to measure.")] = 10.0,
+    as_json: AsJson = False,
+) -> None:
+    """Time an artifact at several batch sizes: as calibrated, nobody and everybody leaving."""
+    from offramp.cli.deploy import bench as measure
+    from offramp.cli.factories import loader_of
+
+    loader = None if data is None else loader_of(data)
+    measured = measure(artifact, engine, threads, loader, seconds)
+    _show(measured.to_dict(), measured.render(), as_json)
 
 
 def _show(facts: dict[str, Any], shown: RenderableType, as_json: bool) -> None:

@@ -26,7 +26,7 @@ from offramp.errors import PolicyError
 __all__ = ["Decisions", "Policy", "replay"]
 
 SCHEMA = 1
-CHUNK = 1 << 16  # rows at a time: bounds what a replay holds beyond the trace
+CHUNK = 1 << 13  # rows at a time: what fits a processor's cache
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offramp.run.engines import Array, Engine
 
-__all__ = ["Answer", "Result"]
+__all__ = ["Answer", "Result", "result_of"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,34 @@ class Answer:
 
     def result(self, logits: np.ndarray, like: Tensor | np.ndarray) -> Result:
         """As arrays of the kind of ``like``; ``logits`` are the answer's, on the host."""
-        if isinstance(like, np.ndarray):
-            score = self.engine.host(self.score)
-            return Result(logits.argmax(-1), logits, self.exit, score)
-        answer, scores, taken = (
-            torch.as_tensor(value).to(like.device) for value in (self.logits, self.score, self.exit)
-        )
-        return Result(answer.argmax(-1), answer, taken, scores)
+        return result_of(self.engine, self.logits, self.exit, self.score, logits, like)
+
+
+def result_of(
+    engine: Engine,
+    logits: Array,
+    exit: np.ndarray,
+    score: Array,
+    on_host: np.ndarray,
+    like: Tensor | np.ndarray,
+) -> Result:
+    """Answers as arrays of the kind of ``like``.
+
+    Args:
+        engine: whose arrays the logits and scores are.
+        logits: (B, C).
+        exit: (B,).
+        score: (B,).
+        on_host: the logits as a numpy array.
+        like: an input.
+    """
+    prediction = on_host.argmax(-1)
+    if isinstance(like, np.ndarray):
+        return Result(prediction, on_host, exit, engine.host(score))
+    found: list[Tensor] = [
+        torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+        for x in (prediction, logits, exit, score)
+    ]
+    if not (like.is_cpu and isinstance(score, np.ndarray)):
+        found = [value.to(like.device) for value in found]
+    return Result(*found)

@@ -4,6 +4,7 @@
 
     digits.offramp/
       model.onnx      all stages and the rule; plain onnxruntime runs it
+      stages/0.onnx   (optional) each stage by itself, with the criterion at its end
       policy.json     the criterion, the thresholds, and where they come from
       manifest.json   inputs, outputs, costs, sha256 of the other parts, the proof, and its own seal
 
@@ -15,12 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import torch
@@ -38,11 +40,15 @@ from offramp.run.onnx import connect, convert, split
 from offramp.run.proof import compare_file
 from offramp.run.rows import RowAxis
 from offramp.run.runner import Runner
+from offramp.run.stages import StagedModel
 
 __all__ = ["export", "load", "verify"]
 
 SCHEMA = 1
 MODEL, POLICY, MANIFEST = "model.onnx", "policy.json", "manifest.json"
+STAGE = "stages/{}.onnx"
+KIND = "offramp artifact"
+MOST_FOLDED = 1 << 20  # windows, heads or nodes of one sample in the dimension of the batch
 
 
 def export(
@@ -53,7 +59,8 @@ def export(
     *,
     classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
-    exits: str = "active",
+    exits: Literal["active", "all"] = "active",
+    stages: bool = False,
 ) -> Path:
     """Write the artifact, after comparing it with the model.
 
@@ -66,6 +73,8 @@ def export(
         preprocessing: what was done to the inputs, as JSON, for whoever prepares them.
         exits: ``"active"`` leaves out exits that the policy switched off, head and all;
             ``"all"`` keeps every exit, so that the thresholds can be calibrated anew.
+        stages: also write each stage as a file of its own, for a client that moves the survivors
+            itself. Inputs and outputs are in the order that ``steps`` of the manifest names.
 
     Returns:
         The path.
@@ -73,7 +82,8 @@ def export(
     Raises:
         EqualityError: the file does not answer as the model does; nothing is written.
         StageError: the model cannot be cut or written as ONNX, or has a ``select`` function.
-        ArtifactError: something else stands at ``path``, or ``classes`` do not fit.
+        ArtifactError: something else stands at ``path``, ``classes`` do not fit, or
+            ``preprocessing`` is no JSON.
     """
     target = Path(path)
     if target.exists() and not (target / MANIFEST).is_file():
@@ -82,46 +92,50 @@ def export(
         raise ArtifactError(
             f"{len(classes)} class names for a model of {model.num_classes} classes. Name each."
         )
+    _check_json(preprocessing)
     kept = [k for k, runs in enumerate(policy.active(model.num_exits)) if runs or exits == "all"]
     staged = cut(model, example, kept)
     steps = chain(staged, policy, model.num_exits)
-    names = staged.call.names
-    file = connect(convert(steps), steps, names)
-    proof = compare_file(file.SerializeToString(), model, policy, staged)
+    file = connect(convert(steps), steps, staged.call.names)
+    parts = {MODEL: file.SerializeToString()}
+    proof = compare_file(parts[MODEL], model, policy, staged)
+    if stages:
+        singles = split(file, steps)
+        parts |= {STAGE.format(k): one.SerializeToString() for k, one in enumerate(singles)}
+    parts[POLICY] = json.dumps(policy.to_json(), indent=1).encode()
     manifest = {
-        "schema": SCHEMA,
-        "kind": "offramp artifact",
-        "inputs": _inputs(staged.call),
-        "outputs": ["logits", "prediction", "exit", "score"],
-        "structure": pytree.treespec_dumps(staged.call.spec),
-        "constants": [None if hasattr(x, "shape") else x for x in staged.call.leaves],
+        **_facts(model, staged, steps),
         "classes": list(classes) if classes is not None else None,
-        "num_classes": model.num_classes,
         "preprocessing": dict(preprocessing) if preprocessing is not None else None,
-        "places": list(model.places),
-        "costs": {
-            "unit": model.costs.unit,
-            "stages": list(model.costs.stages),
-            "heads": list(model.costs.heads),
-        },
-        "row_bytes": staged.row_bytes,
-        "steps": [_link_to_json(step) for step in steps],
+        "stages": stages,
         "proof": proof,
-        "versions": {"torch": torch.__version__, "onnx": onnx.__version__},
     }
-    _write(target, file.SerializeToString(), policy, manifest)
+    _write(target, parts, manifest)
     return target
 
 
+def _check_json(preprocessing: Mapping[str, Any] | None) -> None:
+    try:
+        json.dumps(preprocessing, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(
+            f"preprocessing cannot be written as JSON: {error}. Give numbers, texts, lists and "
+            "mappings of these."
+        ) from error
+
+
 def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime") -> Runner:
-    """A runner from an artifact.
+    """A runner from an artifact: its stages, executed one by one.
+
+    Args:
+        path: the folder that :func:`export` wrote.
+        engine: ``"onnxruntime"`` or ``"openvino"``, or an instance.
 
     Raises:
         ArtifactError: the artifact is damaged, foreign, or of a later schema; the part is named.
     """
     folder = Path(path)
     manifest = _manifest(folder)
-    parts = {name: _part(folder, name, manifest) for name in (MODEL, POLICY)}
     executes = engine_of(engine)
     if not isinstance(executes, OnnxEngine):
         raise ArtifactError(
@@ -129,17 +143,14 @@ def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime")
             "Use 'onnxruntime' or 'openvino'."
         )
     try:
+        parts = {name: _part(folder, name, manifest) for name in _names(manifest)}
         policy = Policy.from_json(json.loads(parts[POLICY]))
-        links = [
-            _link_from_json(step, threshold)
-            for step, threshold in zip(
-                manifest["steps"], _thresholds(policy, manifest), strict=True
-            )
-        ]
-        calls = [
-            executes.session(m.SerializeToString())
-            for m in split(onnx.load_from_string(parts[MODEL]), links)
-        ]
+        thresholds = _thresholds(policy, manifest)
+        steps = zip(manifest["steps"], thresholds, strict=True)
+        links = [_link_from_json(step, threshold) for step, threshold in steps]
+        file = onnx.load_from_string(parts[MODEL])
+        _check_inputs(manifest, file)
+        calls = [executes.session(one) for one in _stages(parts, file, links)]
         costs = manifest["costs"]
         return Runner.of_links(
             executes,
@@ -178,25 +189,56 @@ def verify(path: str | os.PathLike[str]) -> dict[str, Any]:
 # -- the manifest ----------------------------------------------------------------------------------
 
 
+def _facts(model: MultiExitModel, staged: StagedModel, steps: Sequence[Step]) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "kind": KIND,
+        "inputs": _inputs(staged.call),
+        "outputs": ["logits", "prediction", "exit", "score"],
+        "structure": pytree.treespec_dumps(staged.call.spec),
+        "constants": {
+            str(i): x for i, x in enumerate(staged.call.leaves) if not hasattr(x, "shape")
+        },
+        "num_classes": model.num_classes,
+        "places": list(model.places),
+        "costs": {
+            "unit": model.costs.unit,
+            "stages": list(model.costs.stages),
+            "heads": list(model.costs.heads),
+        },
+        "row_bytes": staged.row_bytes,
+        "steps": [_link_to_json(step) for step in steps],
+        "versions": {"torch": torch.__version__, "onnx": onnx.__version__},
+    }
+
+
 def _inputs(call: Call) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
             "dtype": str(value.dtype).removeprefix("torch."),
             "shape": [None, *value.shape[1:]],
+            "finite": finite,  # whether NaN and infinite values are refused
         }
-        for name, value in zip(call.names, call.tensors, strict=True)
+        for name, value, finite in zip(call.names, call.tensors, call.finite, strict=True)
     ]
 
 
 def _call(manifest: Mapping[str, Any]) -> Call:
-    """The call that the example was, with empty tensors in place of its data."""
+    """The call that the example was, with zeros (or what is not finite, as it had) as its data."""
     tensors = iter(
-        torch.zeros((2, *entry["shape"][1:]), dtype=getattr(torch, entry["dtype"]))
+        torch.full(
+            (2, *entry["shape"][1:]),
+            -math.inf if dtype.is_floating_point and not entry["finite"] else 0,
+            dtype=dtype,
+        )
         for entry in manifest["inputs"]
+        for dtype in [getattr(torch, entry["dtype"])]
     )
     spec = pytree.treespec_loads(manifest["structure"])
-    leaves = [next(tensors) if leaf is None else leaf for leaf in manifest["constants"]]
+    constants = {int(i): value for i, value in manifest["constants"].items()}
+    positions = range(len(constants) + len(manifest["inputs"]))
+    leaves = [constants[i] if i in constants else next(tensors) for i in positions]
     return Call(leaves, spec)
 
 
@@ -217,6 +259,8 @@ def _link_to_json(step: Step) -> dict[str, Any]:
 
 def _link_from_json(data: Mapping[str, Any], threshold: float) -> Link:
     rows = {name: None if axis is None else RowAxis(*axis) for name, axis in data["rows"].items()}
+    if any(axis is not None and not 1 <= axis.multiple <= MOST_FOLDED for axis in rows.values()):
+        raise ValueError("the rows of a value are not those of any batch")
     return Link(
         data["exit"],
         threshold,
@@ -225,6 +269,32 @@ def _link_from_json(data: Mapping[str, Any], threshold: float) -> Link:
         rows,
         tuple(data["live"]),
     )
+
+
+def _names(manifest: Mapping[str, Any]) -> list[str]:
+    """Every part of an artifact but the manifest."""
+    stages = range(len(manifest["steps"])) if manifest["stages"] else ()
+    return [MODEL, POLICY, *(STAGE.format(k) for k in stages)]
+
+
+def _stages(
+    parts: Mapping[str, bytes], file: onnx.ModelProto, links: Sequence[Link]
+) -> list[bytes]:
+    """The model of each stage: from its own file, or else cut out of the one for all."""
+    own = [parts[name] for k in range(len(links)) if (name := STAGE.format(k)) in parts]
+    return own or [model.SerializeToString() for model in split(file, links)]
+
+
+def _check_inputs(manifest: Mapping[str, Any], file: onnx.ModelProto) -> None:
+    """Refuse a manifest of other inputs than the file's, before memory is taken for them."""
+    known = {value.name: value.type.tensor_type.shape.dim for value in file.graph.input}
+    for entry in manifest["inputs"]:
+        sizes = [dim.dim_value for dim in known[entry["name"]]]
+        if sizes[1:] != entry["shape"][1:]:
+            raise ArtifactError(
+                f"The manifest gives the input {entry['name']!r} the shape {entry['shape']}, but "
+                f"{MODEL} has {sizes}. Export it again."
+            )
 
 
 def _thresholds(policy: Policy, manifest: Mapping[str, Any]) -> list[float]:
@@ -253,12 +323,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{file} cannot be read ({error}): it is damaged or foreign."
         ) from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != "offramp artifact":
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise ArtifactError(f"{file} is not the manifest of an offramp artifact.")
     schema = manifest.get("schema")
-    if isinstance(schema, int) and schema > SCHEMA:
+    if not isinstance(schema, int) or schema > SCHEMA:
         raise ArtifactError(
-            f"{file} has schema {schema}; this offramp reads up to {SCHEMA}. Update offramp."
+            f"{file} has schema {schema!r}; this offramp reads up to {SCHEMA}. Update offramp."
         )
     if _sealed(manifest) != raw:
         raise ArtifactError(f"{file} was changed after it was written: its seal does not fit.")
@@ -281,12 +351,12 @@ def _part(folder: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
     return raw
 
 
-def _write(target: Path, model: bytes, policy: Policy, manifest: dict[str, Any]) -> None:
+def _write(target: Path, parts: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
-        parts = {MODEL: model, POLICY: json.dumps(policy.to_json(), indent=1).encode()}
         for name, raw in parts.items():
+            (fresh / name).parent.mkdir(exist_ok=True)
             (fresh / name).write_bytes(raw)
         sums = {name: hashlib.sha256(raw).hexdigest() for name, raw in parts.items()}
         (fresh / MANIFEST).write_bytes(_sealed({**manifest, "sha256": sums}))

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -42,6 +43,21 @@ class Call:
     def tensors(self) -> list[Any]:
         """The leaves that are data."""
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor | np.ndarray)]
+
+    @cached_property
+    def finite(self) -> tuple[bool, ...]:
+        """For each tensor whether it has real values, and none of them is NaN or infinite."""
+        values = [torch.as_tensor(value) for value in self.tensors]
+        return tuple(v.is_floating_point() and bool(v.isfinite().all()) for v in values)
+
+    @cached_property
+    def flat(self) -> tuple[int, tuple[str, ...]] | None:
+        """How many positional and which keyword arguments, where each is one tensor."""
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
+        every = (*args, *kwargs.values())
+        if not all(isinstance(value, Tensor | np.ndarray) for value in every):
+            return None
+        return len(args), tuple(kwargs)
 
     def build(self, tensors: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` with ``tensors`` in the places of its own."""

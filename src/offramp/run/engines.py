@@ -11,6 +11,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -64,6 +65,10 @@ class Engine(ABC):
     def wait(self, value: Array) -> None:  # noqa: B027 - most engines compute at once
         """Return once ``value`` has been computed; only a device needs to wait."""
 
+    def bucket(self, rows: int) -> int:
+        """The batch size, ``rows`` or more, at which a step runs when ``rows`` are wanted."""
+        return rows
+
     @abstractmethod
     def scatter(self, out: Array | None, value: Array, rows: np.ndarray, samples: int) -> Array:
         """Write ``value`` (R, ...) at ``rows`` of ``out`` (samples, ...), made when ``None``."""
@@ -81,6 +86,10 @@ class _TorchArrays(Engine):
     def wait(self, value: Tensor) -> None:
         if value.is_cuda:
             torch.cuda.synchronize(value.device)
+
+    def bucket(self, rows: int) -> int:
+        """On a device, powers of two: few shapes to choose kernels for and to keep memory of."""
+        return rows if self.device.type == "cpu" else 1 << max(0, rows - 1).bit_length()
 
     def take(self, value: Tensor, axis: RowAxis, rows: np.ndarray) -> Tensor:
         return axis.take(value, torch.from_numpy(rows).to(value.device))
@@ -145,7 +154,13 @@ class _NumpyArrays(Engine):
     """Engines that compute on numpy arrays."""
 
     def array(self, value: Tensor | np.ndarray) -> np.ndarray:
-        return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            return value
+        return (
+            value.detach().cpu().numpy()
+            if value.requires_grad or not value.is_cpu
+            else value.numpy()
+        )
 
     def take(self, value: np.ndarray, axis: RowAxis, rows: np.ndarray) -> np.ndarray:
         if axis.multiple == 1:
@@ -199,6 +214,8 @@ class OnnxRuntime(OnnxEngine):
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        if _one_arena():
+            options.add_session_config_entry("session.use_env_allocators", "1")
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         # Inputs with a default (the thresholds of a file) come last, and need not be given.
         known = (*session.get_inputs(), *session.get_overridable_initializers())
@@ -208,6 +225,24 @@ class OnnxRuntime(OnnxEngine):
             return list(session.run(None, dict(zip(names, values, strict=False))))
 
         return call
+
+
+@cache
+def _one_arena() -> bool:
+    """Let all stages take their activations from one arena, as if they were one network.
+
+    Each would otherwise keep the memory of its own, and find it cold in the caches.
+    """
+    import onnxruntime as ort
+
+    try:
+        kind = ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+        memory = ort.OrtMemoryInfo("Cpu", kind, 0, ort.OrtMemType.DEFAULT)
+        # 1: grow by what is asked for, not by doubling.
+        ort.create_and_register_allocator(memory, ort.OrtArenaCfg({"arena_extend_strategy": 1}))
+    except Exception:  # a build without arenas, or the program registered its own
+        return False
+    return True
 
 
 class OpenVINO(OnnxEngine):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from offramp.errors import DataError
 from offramp.run.calls import Call
 from offramp.run.selection import Selector
 
-__all__ = ["check_call", "explain_not_finite"]
+__all__ = ["check_call", "check_finite", "explain_not_finite", "flat_call"]
 
 
 def check_call(
@@ -25,44 +27,103 @@ def check_call(
     """The tensors or arrays of a call that is like ``known``, in its order.
 
     Raises:
-        DataError: another structure, dtype, rank or size, or an empty batch.
+        DataError: another structure, dtype, rank or size; an empty batch; or values that are not
+            finite, where the example's are.
     """
-    if args and kwargs:
-        call = Call.of_call(args, kwargs)
-    else:
-        call = Call.of(args[0] if len(args) == 1 else args or kwargs)
-    if call.spec != known.spec:
-        raise DataError(
-            f"The input has the structure {call.describe()}, but the example had "
-            f"{known.describe()}. Pass the same arguments as the example has."
-        )
-    given = call.tensors
+    given = flat_call(args, kwargs, known)
+    if given is None:
+        if args and kwargs:
+            call = Call.of_call(args, kwargs)
+        else:
+            call = Call.of(args[0] if len(args) == 1 else args or kwargs)
+        if call.spec != known.spec or not _same_kinds(call, known):
+            raise DataError(
+                f"The input has the structure {call.describe()}, but the example had "
+                f"{known.describe()}. Pass the same arguments as the example has."
+            )
+        given = call.tensors
     if selector is not None:
         for name, value, like, free in zip(
             known.names, given, known.tensors, selector.free, strict=True
         ):
             _check_tensor(name, value, like, free)
+        check_finite(given, known)
         return given
     for name, value, like in zip(known.names, given, known.tensors, strict=True):
         _check_tensor(name, value, like)
-    if len({len(value) for value in given}) != 1:
+    check_finite(given, known)
+    if len(given) > 1 and len({len(value) for value in given}) != 1:
+        shapes = ", ".join(f"{n}={_show(v.shape)}" for n, v in zip(known.names, given, strict=True))
         raise DataError(
-            f"The inputs have different numbers of rows: {call.describe()}. Dimension 0 is the "
-            "batch, and must be the same in all."
+            f"The inputs have different numbers of rows: {shapes}. Dimension 0 is the batch, and "
+            "must be the same in all."
         )
     return given
+
+
+def flat_call(args: tuple[Any, ...], kwargs: dict[str, Any], known: Call) -> list[Any] | None:
+    """The tensors of a call whose arguments are tensors, as most are: without a walk of a tree."""
+    if known.flat is None:
+        return None
+    count, names = known.flat
+    places, named = list(args), kwargs
+    if len(places) == 1 and not named and isinstance(places[0], dict):
+        named = places.pop()
+    if len(places) != count or len(named) != len(names):
+        return None
+    given = [*places, *map(named.get, names)]
+    return given if all(isinstance(value, Tensor | np.ndarray) for value in given) else None
+
+
+def _same_kinds(call: Call, known: Call) -> bool:
+    """Whether tensors stand where the example had some, and its own constants elsewhere."""
+    kinds = (Tensor, np.ndarray)
+    return all(
+        isinstance(leaf, kinds) if isinstance(like, kinds) else leaf is like or leaf == like
+        for leaf, like in zip(call.leaves, known.leaves, strict=True)
+    )
+
+
+def check_finite(given: Sequence[Any], known: Call) -> None:
+    """Refuse NaN and infinite values in inputs that had none in the example.
+
+    Not every kernel hands them on to the logits, where they would be seen: some take the larger of
+    NaN and 0 to be 0. What lies on a device is not looked at, since that would wait for it.
+    """
+    for name, value, checked in zip(known.names, given, known.finite, strict=True):
+        if not checked or _finite(value):
+            continue
+        rows = torch.isfinite(torch.as_tensor(value)).reshape(len(value), -1).all(1)
+        bad = (~rows).nonzero().flatten().tolist()
+        raise DataError(
+            f"The values of row {bad[0]} ({len(bad)} of {len(rows)} rows) are not finite: the "
+            f"input has NaN or infinite values in {name!r}. Leave these rows out, or mend them."
+        )
+
+
+def _finite(value: Tensor | np.ndarray) -> bool:
+    if isinstance(value, np.ndarray):
+        return bool(np.isfinite(value).all())
+    if not value.is_floating_point() or value.device.type != "cpu":
+        return True
+    # The sum is one pass; where large values overflow it, all of them are looked at.
+    return math.isfinite(value.sum().item()) or bool(torch.isfinite(value).all())
+
+
+@cache
+def _dtype(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_tensor(
     name: str, value: Tensor | np.ndarray, like: Tensor, free: Collection[int] = (0,)
 ) -> None:
-    dtype = str(value.dtype).removeprefix("torch.")
-    expected = str(like.dtype).removeprefix("torch.")
-    shape = ["batch" if d in free else size for d, size in enumerate(like.shape)]
+    dtype, expected = _dtype(value.dtype), _dtype(like.dtype)
     fits = value.ndim == like.ndim and all(
-        d in free or a == b for d, (a, b) in enumerate(zip(value.shape, like.shape, strict=True))
+        a == b or d in free for d, (a, b) in enumerate(zip(value.shape, like.shape, strict=True))
     )
     if dtype != expected or not fits:
+        shape = ["batch" if d in free else size for d, size in enumerate(like.shape)]
         raise DataError(
             f"Input {name!r}: expected {expected} of shape {_show(shape)}, got {dtype} of shape "
             f"{_show(value.shape)}. Convert it, or make the runner with an example of this kind."
@@ -78,9 +139,8 @@ def _show(shape: Sequence[object]) -> str:
 def explain_not_finite(logits: np.ndarray, given: Sequence[Any]) -> None:
     """Raise a DataError that says which rows have no finite logits, and why."""
     bad = np.flatnonzero(~np.isfinite(logits).all(-1))
-    at_fault = [
-        i for i in bad if any(not torch.isfinite(torch.as_tensor(v[int(i)])).all() for v in given)
-    ]
+    by_row = [torch.as_tensor(value) for value in given if len(value) == len(logits)]
+    at_fault = any(not torch.isfinite(value[bad]).all() for value in by_row)
     what = "the input has NaN or infinite values" if at_fault else "the model overflows on them"
     raise DataError(
         f"The logits of row {int(bad[0])} ({len(bad)} of {len(logits)} rows) are not finite: "

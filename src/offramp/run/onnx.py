@@ -4,7 +4,7 @@ All steps are converted in one go, as parts of one graph that do not touch each 
 own inputs and its own batch size. Split, they are the models of the stages. Connected, they are the
 file to deploy::
 
-    score >= threshold -> NonZero -> Gather what is live -> next step -> ScatterND into the answer
+    score >= threshold -> Compress what is live -> next step -> ScatterND over the answer
 
 There is no ``If``: where nobody is left, kernels return at once on zero rows, and the weights of
 all stages keep the layout that the runtime prefers.
@@ -16,7 +16,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -87,7 +87,7 @@ def convert(steps: Sequence[Step]) -> onnx.ModelProto:
     if converted is None:
         raise StageError("torch.onnx gave no model for these stages. Use engine='torch'.")
     model = converted.model_proto
-    allow_empty(model)
+    allow_empty(model, [f"0/{name}" for name in steps[0].inputs])
     return model
 
 
@@ -201,6 +201,14 @@ def connect(model: onnx.ModelProto, steps: Sequence[Step], names: Sequence[str])
     return _Connector(model, steps, names).model()
 
 
+class _Stays(NamedTuple):
+    """Names of values at the end of a step of R rows."""
+
+    accepts: str  # (R,) bool: leaves here
+    mask: str  # (R,) bool: goes on
+    found: str  # (1, R') int64: the rows that go on
+
+
 class _Connector:
     def __init__(self, model: onnx.ModelProto, steps: Sequence[Step], names: Sequence[str]) -> None:
         self.source = model
@@ -213,22 +221,23 @@ class _Connector:
     def model(self) -> onnx.ModelProto:
         self._check_names()
         live = dict(zip(self.steps[0].inputs, self.names, strict=True))
-        first = self.names[0]
-        size = self._add("Gather", [self._add("Shape", [first]), self._constant(0)])
-        rows = self._add("Range", [self._constant(0), size, self._constant(1)])
         placed: set[str] = set()  # a constant may serve several parts
-        answer: dict[str, str] = {}
-        for position, part in enumerate(_parts(self.graph, self.steps)):
-            step = self.steps[position]
+        stays: list[_Stays] = []
+        parts = _parts(self.graph, self.steps)
+        limits = [f"rule/threshold_{k}" for k in range(len(self.steps) - 1)]
+        if limits:
+            self.nodes.append(
+                helper.make_node("Split", ["thresholds"], limits, axis=0, num_outputs=len(limits))
+            )
+        for position, (step, part) in enumerate(zip(self.steps, parts, strict=True)):
             self._bind(position, step, live)
             self.nodes.extend(node for node in part if node.output[0] not in placed)
             placed.update(node.output[0] for node in part)
-            found = {name: f"{position}/{name}" for name in step.outputs}
-            live.update(found)
-            answer = self._answer(position, step, rows, answer, found)
-            if position < len(self.steps) - 1:
-                rows, live = self._survivors(position, step, rows, live)
-        return self._finish(answer)
+            live.update({name: f"{position}/{name}" for name in step.outputs})
+            if position < len(limits):
+                stays.append(self._stays(position, limits[position]))
+                live = self._survivors(position, live, stays[-1])
+        return self._finish(self._answers(stays))
 
     def _check_names(self) -> None:
         taken = {name for node in self.graph.node for name in node.output}
@@ -243,51 +252,59 @@ class _Connector:
         for name in step.inputs:
             self.nodes.append(helper.make_node("Identity", [live[name]], [f"{position}/{name}"]))
 
-    def _answer(
-        self,
-        position: int,
-        step: Step,
-        rows: str,
-        answer: dict[str, str],
-        found: dict[str, str],
-    ) -> dict[str, str]:
-        exits = self._add(
-            "Expand",
-            [self._constant(step.exit), self._add("Shape", [found["score"]])],
-        )
-        fresh = {"logits": found["logits"], "score": found["score"], "exit": exits}
-        if not answer:
-            return fresh
-        where = self._add("Unsqueeze", [rows, self._constant([1])])
-        return {name: self._add("ScatterND", [answer[name], where, fresh[name]]) for name in fresh}
-
-    def _survivors(
-        self, position: int, step: Step, rows: str, live: dict[str, str]
-    ) -> tuple[str, dict[str, str]]:
-        threshold = self._add("Gather", ["thresholds", self._constant(position)])
+    def _stays(self, position: int, threshold: str) -> _Stays:
+        """Which of the rows that entered a step go on."""
         accepts = self._add("GreaterOrEqual", [f"{position}/score", threshold])
-        stays = self._add("NonZero", [self._add("Not", [accepts])])
-        stay = self._add("Squeeze", [stays, self._constant([0])])
-        kept = {name: self._take(live[name], step.rows[name], stay, rows) for name in step.live}
-        return self._add("Gather", [rows, stay]), kept
+        mask = self._add("Not", [accepts])
+        return _Stays(accepts, mask, self._add("NonZero", [mask]))
 
-    def _take(self, value: str, axis: RowAxis | None, stay: str, rows: str) -> str:
+    def _survivors(self, position: int, live: dict[str, str], stays: _Stays) -> dict[str, str]:
+        """The part of what is live that belongs to the rows that go on."""
+        step = self.steps[position]
+        return {n: self._take(live[n], step.rows[n], stays, position) for n in step.live}
+
+    def _take(self, value: str, axis: RowAxis | None, stays: _Stays, position: int) -> str:
         if axis is None:
             return value
-        index = stay
-        if axis.multiple > 1:
-            part = np.arange(axis.multiple)
-            column, line = self._constant([1]), self._constant([0])
-            if axis.inner:
-                batch = self._add("Shape", [rows])
-                outer = self._add("Mul", [self._constant(part[:, None]), batch])
-                grid = self._add("Add", [outer, self._add("Unsqueeze", [stay, line])])
-            else:
-                scaled = self._add("Mul", [stay, self._constant(axis.multiple)])
-                outer = self._add("Unsqueeze", [scaled, column])
-                grid = self._add("Add", [outer, self._constant(part[None, :])])
-            index = self._add("Reshape", [grid, self._constant([-1])])
+        if axis.multiple == 1:
+            return self._add("Compress", [value, stays.mask], axis=axis.dim)
+        part = np.arange(axis.multiple)
+        rows = self._add("Squeeze", [stays.found, self._constant([0])])
+        if axis.inner:
+            batch = self._add("Shape", [f"{position}/score"])
+            outer = self._add("Mul", [self._constant(part[:, None]), batch])
+            grid = self._add("Add", [outer, self._add("Unsqueeze", [rows, self._constant([0])])])
+        else:
+            scaled = self._add("Mul", [rows, self._constant(axis.multiple)])
+            outer = self._add("Unsqueeze", [scaled, self._constant([1])])
+            grid = self._add("Add", [outer, self._constant(part[None, :])])
+        index = self._add("Reshape", [grid, self._constant([-1])])
         return self._add("Gather", [value, index], axis=axis.dim)
+
+    def _answers(self, stays: list[_Stays]) -> dict[str, str]:
+        """From the last step back: what a step says, with the later answers of those who went on.
+
+        A row that leaves has its own exit's number, one that stays the next one's: only where it
+        went further still is something written over that.
+        """
+        last = len(self.steps) - 1
+        answer = {"logits": f"{last}/logits", "score": f"{last}/score"}
+        for position in reversed(range(last)):
+            where = self._add("Transpose", [stays[position].found])
+            numbers = [self._constant(self.steps[k].exit) for k in (position, position + 1)]
+            own = {
+                "logits": f"{position}/logits",
+                "score": f"{position}/score",
+                "exit": self._add("Where", [stays[position].accepts, *numbers]),
+            }
+            own.update(
+                {n: self._add("ScatterND", [own[n], where, answer[n]]) for n in own if n in answer}
+            )
+            answer = own
+        if "exit" not in answer:  # a single step
+            size = self._add("Shape", [answer["score"]])
+            answer["exit"] = self._add("Expand", [self._constant(self.steps[last].exit), size])
+        return answer
 
     def _finish(self, answer: dict[str, str]) -> onnx.ModelProto:
         for name in ("logits", "exit", "score"):

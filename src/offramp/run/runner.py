@@ -7,11 +7,11 @@ costs what its survivors cost.
 
 from __future__ import annotations
 
+import copy
 import math
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -21,43 +21,23 @@ from torch import Tensor
 
 from offramp.build.cost import ExitCosts
 from offramp.build.model import ExitOutputs, MultiExitModel
+from offramp.decide.criteria import criterion_to_json
 from offramp.decide.policy import Policy
-from offramp.errors import PolicyError, StageError
-from offramp.run.answers import Answer, Result
+from offramp.errors import PolicyError
+from offramp.run.answers import Answer, Result, result_of
 from offramp.run.calls import Call
 from offramp.run.chain import Link, chain
 from offramp.run.compaction import Compaction
-from offramp.run.engines import Array, Engine, StepCall, Torch, engine_of
-from offramp.run.evaluating import evaluating
-from offramp.run.graph import cut
-from offramp.run.inputs import check_call, explain_not_finite
+from offramp.run.engines import Array, Engine, StepCall, engine_of
+from offramp.run.inputs import check_call, check_finite, explain_not_finite, flat_call
 from offramp.run.proof import prove
 from offramp.run.rows import RowAxis
 from offramp.run.selection import Selector, samples_of, take_samples
-from offramp.run.sequential import cut_by_hand
-from offramp.run.stages import StagedModel
+from offramp.run.sequential import cut_for
+from offramp.run.stats import Stats, Tally
 from offramp.run.times import StageTimes, fastest, rows_in_memory
 
 __all__ = ["Result", "Runner", "Stats"]
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a runner has done since it was made, or since ``reset``.
-
-    Attributes:
-        samples: how many samples came.
-        exits: how many left at each exit of the model.
-        survivors: how many entered each stage.
-        mean_cost: cost per sample in the unit of the model's costs, heads that ran included.
-        missed: how many samples were answered after the deadline they were given.
-    """
-
-    samples: int
-    exits: tuple[int, ...]
-    survivors: tuple[int, ...]
-    mean_cost: float
-    missed: int = 0
 
 
 class Runner:
@@ -93,7 +73,7 @@ class Runner:
     ) -> None:
         active = policy.active(model.num_exits)
         kept = [k for k, runs in enumerate(active) if runs or exits == "all"]
-        staged = _staged(model, example, kept, engine)
+        staged = cut_for(engine, model, example, kept)
         steps = chain(staged, policy, model.num_exits)
         links = [step.link for step in steps]
         if engine == "auto":
@@ -155,10 +135,10 @@ class Runner:
         self._calls = tuple(calls)
         self._inputs = self._links[0].inputs
         self._selector = selector
+        self._checked: tuple[Any, ...] | None = None
         self._compact = Compaction(engine, self._inputs, selector)
         self.max_batch = rows_in_memory(row_bytes)
         self.times = StageTimes.none()
-        self._lock = threading.Lock()
         self.reset()
 
     def measure(self, batch: int = 16) -> None:
@@ -170,6 +150,32 @@ class Runner:
         self.times = StageTimes.measure(
             self.engine, self._links, self._calls, self.call, self._compact, batch
         )
+
+    def under(self, policy: Policy) -> Runner:
+        """A runner of the same stages under other thresholds; nothing is cut or converted anew.
+
+        Raises:
+            PolicyError: another criterion, another number of exits, or an exit that this runner
+                left out since its own policy switched it off.
+        """
+        if criterion_to_json(policy.criterion) != criterion_to_json(self.policy.criterion):
+            raise PolicyError(
+                f"This runner executes the criterion {self.policy.criterion.name!r}; the policy "
+                f"has {policy.criterion.name!r} or other settings of it. Make a new Runner."
+            )
+        thresholds = (*policy.thresholds_for(self.num_exits), -math.inf)
+        kept = {link.exit for link in self._links}
+        missing = [k for k, on in enumerate(policy.active(self.num_exits)) if on and k not in kept]
+        if missing:
+            raise PolicyError(
+                f"The policy uses exit {missing[0]}, which this runner left out, since its own "
+                "policy switched it off. Make the runner with exits='all'."
+            )
+        other = copy.copy(self)
+        other.policy = policy
+        other._links = tuple(replace(k, threshold=thresholds[k.exit]) for k in self._links)
+        other.reset()
+        return other
 
     @property
     def num_exits(self) -> int:
@@ -208,9 +214,28 @@ class Runner:
         """
         begin = time.perf_counter()
         given = self._given(args, kwargs)
-        if samples_of(given, self._selector) > self.max_batch:
+        samples = samples_of(given, self._selector)
+        if samples > self.max_batch:
             return self._in_pieces(given, deadline_ms, begin)
+        if samples == 1 and deadline_ms is None:
+            return self._answer_one(given)
         return self._answer(given, deadline_ms, begin)
+
+    def _answer_one(self, given: Sequence[Any]) -> Result:
+        """A single row leaves or goes on: there are no rows to keep apart, and no time to lose."""
+        values = dict(zip(self._inputs, map(self.engine.array, given), strict=True))
+        for link, call in zip(self._links, self._calls, strict=True):
+            outputs = call([values[name] for name in link.inputs])
+            values.update(zip(link.outputs, outputs, strict=True))
+            score = self.engine.host(values["score"])
+            if score[0] >= link.threshold:
+                break
+        logits = self.engine.host(values["logits"])
+        if not np.isfinite(logits).all():
+            explain_not_finite(logits, given)
+        self._tally.add_one(link.exit)
+        exit = np.array([link.exit])
+        return result_of(self.engine, values["logits"], exit, values["score"], logits, given[0])
 
     def _answer(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
         leaving = self._leaving
@@ -222,7 +247,7 @@ class Runner:
         if not np.isfinite(logits).all():
             explain_not_finite(logits, given)
         late = deadline_ms is not None and time.perf_counter() > end
-        self._count(answer, missed=answer.samples if late else 0)
+        self._tally.add(answer.exit, answer.entered, missed=answer.samples if late else 0)
         return answer.result(logits, given[0])
 
     def _in_pieces(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
@@ -254,7 +279,10 @@ class Runner:
             values.update(zip(link.outputs, outputs, strict=True))
             answer = Answer(self.engine, len(rows))
             answer.add(link.exit, rows, values["logits"], values["score"])
-            yield answer.result(self.engine.host(answer.logits), given[0])
+            logits = self.engine.host(answer.logits)
+            if not np.isfinite(logits).all():
+                explain_not_finite(logits, given)
+            yield answer.result(logits, given[0])
 
     def all_exits(self, *args: Any, **kwargs: Any) -> ExitOutputs:  # noqa: ANN401
         """Logits of every exit for a batch, nobody leaving: what :func:`offramp.record` records.
@@ -279,7 +307,15 @@ class Runner:
         return ExitOutputs(logits, logits[-1])
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        return check_call(args, kwargs, self.call, self._selector)
+        given = flat_call(args, kwargs, self.call)
+        # What has just the shapes and types of a call that was checked needs no second look.
+        kind = None if given is None else tuple((type(v), v.dtype, v.shape) for v in given)
+        if given is not None and kind == self._checked:
+            check_finite(given, self.call)
+            return given
+        checked = check_call(args, kwargs, self.call, self._selector)
+        self._checked = kind
+        return checked
 
     def _leaving(self, position: int, values: dict[str, Array]) -> np.ndarray:
         score = self.engine.host(values["score"])
@@ -324,9 +360,12 @@ class Runner:
                 left = int(waiting.sum())
                 if not left:
                     break
-                if self.times.compaction_pays(position, len(rows), left):
-                    stay = np.flatnonzero(waiting)
-                    rows, waiting = rows[stay], np.ones(left, bool)
+                size = min(self.engine.bucket(left), len(rows))
+                if size < len(rows) and self.times.compaction_pays(position, len(rows), size):
+                    # Where the engine wants a rounder number, rows that are answered fill it up.
+                    filling = np.flatnonzero(~waiting)[: size - left]
+                    stay = np.sort(np.concatenate([np.flatnonzero(waiting), filling]))
+                    rows, waiting = rows[stay], waiting[stay]
             # Only what later steps read is kept: the rest is freed here.
             if stay is None:
                 values = {name: values[name] for name in link.live}
@@ -339,47 +378,14 @@ class Runner:
 
     # -- what has been done ------------------------------------------------------------------------
 
-    def _count(self, answer: Answer, missed: int) -> None:
-        with self._lock:
-            self._missed += missed
-            self._taken += np.bincount(answer.exit, minlength=self.num_exits)
-            self._entered[: len(answer.entered)] += answer.entered
-
     @property
     def stats(self) -> Stats:
         """What has run since the runner was made, or since :meth:`reset`."""
-        with self._lock:
-            taken, entered, missed = self._taken.copy(), self._entered.copy(), self._missed
-        kept = {link.exit for link in self._links}
-        heads = [cost if k in kept else 0.0 for k, cost in enumerate(self.costs.heads)]
-        cost = np.cumsum(np.add(self.costs.stages, heads))
-        samples = int(taken.sum())
-        mean = float(taken @ cost) / samples if samples else math.nan
-        return Stats(samples, tuple(map(int, taken)), tuple(map(int, entered)), mean, missed)
+        return self._tally.stats()
 
     def reset(self) -> None:
         """Start the statistics anew."""
-        with self._lock:
-            self._taken = np.zeros(self.num_exits, np.int64)
-            self._entered = np.zeros(len(self._links), np.int64)
-            self._missed = 0
-
-
-def _staged(
-    model: MultiExitModel, example: object, exits: list[int], engine: str | Engine
-) -> StagedModel:
-    """The model's stages; those cut by hand where export refuses and eager torch executes."""
-    try:
-        return cut(model, example, exits)
-    except StageError:
-        by_hand = engine == "torch" or isinstance(engine, Torch)
-        last = model.num_exits - 1
-        kept = [k for k in exits if k != last]
-        with evaluating(model):
-            staged = cut_by_hand(model, example, kept) if by_hand else None
-        if staged is None:
-            raise
-        return staged
+        self._tally = Tally(self.costs, [link.exit for link in self._links])
 
 
 _ANSWER = ("logits", "score")

@@ -14,11 +14,15 @@ from torch import Tensor, nn
 
 from offramp.build.model import MultiExitModel
 from offramp.build.outputs import find_logits
+from offramp.errors import StageError
 from offramp.run.calls import Call
+from offramp.run.engines import Engine, Torch
+from offramp.run.evaluating import evaluating
+from offramp.run.graph import cut
 from offramp.run.rows import RowAxis
 from offramp.run.stages import Stage, StagedModel
 
-__all__ = ["cut_by_hand"]
+__all__ = ["cut_by_hand", "cut_for"]
 
 
 class _Piece(nn.Module):
@@ -87,3 +91,24 @@ def _row_bytes(parts: Sequence[nn.Module], x: Tensor) -> float:
             if isinstance(x, Tensor):
                 sizes.append(x.element_size() * x.numel() / len(x))
     return max(a + b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+
+
+def cut_for(
+    engine: str | Engine, model: MultiExitModel, example: object, exits: Sequence[int]
+) -> StagedModel:
+    """The model's stages; those cut by hand where export refuses and eager torch executes.
+
+    Raises:
+        StageError: neither way is open.
+    """
+    try:
+        return cut(model, example, exits)
+    except StageError:
+        by_hand = engine == "torch" or isinstance(engine, Torch)
+        last = model.num_exits - 1
+        kept = [k for k in exits if k != last]
+        with evaluating(model):
+            staged = cut_by_hand(model, example, kept) if by_hand else None
+        if staged is None:
+            raise
+        return staged

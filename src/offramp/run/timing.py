@@ -14,6 +14,7 @@ def compare(
     repeats: int = 30,
     warmup: int = 3,
     seconds: float | None = None,
+    block: int = 1,
 ) -> dict[str, float]:
     """Median wall time of each candidate.
 
@@ -24,6 +25,8 @@ def compare(
         repeats: how many rounds.
         warmup: rounds that are not counted.
         seconds: stop after this time even if rounds are left (at least three are run).
+        block: calls of a candidate in a row. With more than one, the first of them is not counted:
+            caches hold then what they hold in service, not what another candidate left there.
 
     Returns:
         Milliseconds by name.
@@ -37,7 +40,9 @@ def compare(
         if seconds is not None and done >= 3 and time.perf_counter() - start > seconds:
             break
         for name, run in candidates.items():
-            begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
+            for call in range(block):
+                begin = time.perf_counter()
+                run()
+                if call or block == 1:
+                    times[name].append(time.perf_counter() - begin)
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}

@@ -16,7 +16,8 @@ __all__ = ["ScoreTest", "binomial_limit", "enough", "score_test"]
 ROOMS = 6.5  # standard deviations that are summed to each side: beyond lies less than 1e-10
 DENSE = 0.5  # step of the nuisance rate, in its own standard deviations
 RARE = 100.0  # expected number of rare samples up to which the nuisance is looked at that closely
-WIDE = (2.0, 5.0, 20.0)  # and beyond, where skewness fades: multiples of that
+WIDE = 1.5  # and beyond, where skewness fades, each step so many times the one before
+SPARED = 0.015  # of the error, for the rates that lie between those that are looked at
 
 
 def log_binomial(samples: int, rate: float, count: Tensor) -> Tensor:
@@ -69,7 +70,10 @@ class ScoreTest:
     loss minus the bound, over its standard error at the most likely rates that have the bound as
     their mean. What remains unknown under the hypothesis is the rate q of samples at -1; the
     critical value is the one whose error is within limits at every q (Barnard, 1947), by summing
-    the trinomial.
+    the trinomial over a grid of q. Between its points the error is up to 1 % larger than on them
+    (summed on grids ten times as fine), so a little more than that of it is spared. Above the
+    bound the error is smaller than on it: what speaks for the claim still does so with fewer
+    losses or more gains.
 
     Args:
         samples: n.
@@ -103,7 +107,8 @@ class ScoreTest:
         """The statistic below which a claim is made: the strictest over all nuisance rates."""
         size = self.samples
         near = torch.arange(0.0, math.sqrt(RARE) + 0.5, DENSE / 2) ** 2 / size
-        far = torch.tensor([RARE * factor / size for factor in WIDE])
+        steps = math.ceil(math.log(max(size / RARE, 1.0), WIDE))
+        far = RARE / size * WIDE ** torch.arange(1.0, steps + 1)
         rates = torch.cat([near, far])
         kept = rates[2 * rates + self.bound < 1].tolist()
         return min(self._at(rate) for rate in kept) if kept else -math.inf
@@ -130,7 +135,7 @@ class ScoreTest:
         tail = mass[order].cumsum(0)
         # What was not summed counts against the claim.
         missing = max(0.0, 1.0 - float(tail[-1]))
-        over = (tail + missing > self.error).nonzero()
+        over = (tail + missing > (1 - SPARED) * self.error).nonzero()
         return float(value[order][int(over[0])]) if len(over) else math.inf
 
 

@@ -31,7 +31,7 @@ class Ground:
         seed: of that part.
 
     Raises:
-        TraceError: the traces have different numbers of exits.
+        TraceError: the traces have different numbers of exits, or are the same samples.
     """
 
     def __init__(
@@ -41,6 +41,11 @@ class Ground:
             raise TraceError(
                 f"The trace for the path has {path.num_exits} exits, the calibration trace "
                 f"{trace.num_exits}: record both from the same model."
+            )
+        if path is not None and path.fingerprint == trace.fingerprint:
+            raise TraceError(
+                "The trace for the path holds the very samples that the promise is tested on, which "
+                "would void it: give other samples, or none, and a part of these is set aside."
             )
         self.trace, self.rule, self.other, self.seed = trace, rule, path, seed
         self._losses: dict[str, tuple[Scored, Tensor]] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -57,17 +59,22 @@ def learn_path(trace: Trace, rule: Criterion, labelled: bool, seed: int) -> list
     return path
 
 
-def tested(
-    path: list[Tensor], scored: Scored, test: Test, losses: Tensor, groups: list[Tensor]
-) -> list[list[tuple[Tensor, int]]]:
-    """For each setting and group, the sums that the test needs, and the number of samples."""
-    out = []
+def _passing(
+    path: list[Tensor],
+    scored: Scored,
+    test: Test,
+    losses: Tensor,
+    groups: list[Tensor],
+    error: float,
+) -> Iterator[bool]:
+    """Setting by setting, whether every group passes."""
+    rows = torch.stack(groups).any(dim=0)
+    scored, losses = scored.subset(rows), losses[:, rows]
+    members = [group[rows] for group in groups]
     for thresholds in path:
-        taken = scored.exits(thresholds)
-        seen = losses.gather(0, taken[None])[0]
-        features = test.features(seen)
-        out.append([((features * rows).sum(1), int(rows.sum())) for rows in groups])
-    return out
+        features = test.features(losses.gather(0, scored.exits(thresholds)[None])[0])
+        sums = [(features[:, group].sum(1, keepdim=True), int(group.sum())) for group in members]
+        yield all(bool(test.passes(total, size, error)[0]) for total, size in sums)
 
 
 def down_the_path(
@@ -92,8 +99,10 @@ def down_the_path(
         The thresholds, or ``None`` where the first failed.
     """
     last = None
-    for thresholds, sums in zip(path, tested(path, scored, test, losses, groups), strict=True):
-        if not all(bool(test.passes(s[:, None], n, error)[0]) for s, n in sums):
+    for thresholds, passes in zip(
+        path, _passing(path, scored, test, losses, groups, error), strict=True
+    ):
+        if not passes:
             break
         last = thresholds
     return last
@@ -112,10 +121,6 @@ def best_of_all(
     It looks past a setting that fails, which pays where the risk is not monotone along the path.
     Arguments and result as for :func:`down_the_path`.
     """
-    share = error / len(path)
-    passed = [
-        thresholds
-        for thresholds, sums in zip(path, tested(path, scored, test, losses, groups), strict=True)
-        if all(bool(test.passes(s[:, None], n, share)[0]) for s, n in sums)
-    ]
+    passing = _passing(path, scored, test, losses, groups, error / len(path))
+    passed = [thresholds for thresholds, passes in zip(path, passing, strict=True) if passes]
     return min(passed, key=scored.cost) if passed else None

@@ -125,8 +125,7 @@ def promised(trace: Trace, rule: Criterion, promise: Promise, ground: Ground | N
         testing = down_the_path if promise.testing == "fixed-sequence" else best_of_all
         other = testing(path, scored, test, values, ground.testing, portion)
         found |= {} if other is None else {"learned": other}
-    least = test.needed(error - portion)
-    needed = least if least is not None and least > ground.smallest else None
+    needed = test.needed(ground.smallest, error - portion)
     if not found:
         off = torch.full((scored.num_exits - 1,), torch.inf)
         return Kept(off, scored, values, "none", test.kind, needed, possible=False)

@@ -12,6 +12,8 @@ from offramp.decide.scored import Scored, between
 
 __all__ = ["Sweep", "walk"]
 
+BLOCK = 1 << 12  # levels that are tested at once: the walk seldom goes to the end
+
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
@@ -87,15 +89,27 @@ def walk(
     Returns:
         The number of levels passed, and whether even "nobody leaves" did.
     """
-    fails = torch.zeros(len(sweep.levels) + 1, dtype=torch.bool)
-    features = test.features(losses)
-    for rows in groups:
-        sums = torch.stack([sweep.totals(feature, rows) for feature in features])
-        fails |= ~test.passes(sums, int(rows.sum()), error)
-    fails[1:] &= sweep.ends
-    first = int(fails.nonzero()[0]) if bool(fails.any()) else len(fails)
-    if first == 0:
+    early, late = losses[:-1].flatten(), losses[1:].flatten()
+    sums = [test.features(losses[-1, rows]).sum(1, keepdim=True) for rows in groups]
+    sizes = [int(rows.sum()) for rows in groups]
+    if not all(
+        bool(test.passes(total, size, error)) for total, size in zip(sums, sizes, strict=True)
+    ):
         return 0, False
-    # The last end of a run of equal levels before the first failure.
-    passed = sweep.ends[: first - 1].nonzero()
-    return (int(passed[-1]) + 1 if len(passed) else 0), True
+    last = 0
+    for start in range(0, len(sweep.order), BLOCK):
+        block, ends = sweep.order[start : start + BLOCK], sweep.ends[start : start + BLOCK]
+        steps = test.features(early[block]) - test.features(late[block])
+        fails = torch.zeros(len(block), dtype=torch.bool)
+        for g, rows in enumerate(groups):
+            totals = sums[g] + (steps * rows[block % losses.shape[1]]).cumsum(1)
+            fails |= ~test.passes(totals, sizes[g], error)
+            sums[g] = totals[:, -1:]
+        # Only the end of a run of equal levels is a setting.
+        failed = (fails & ends).nonzero()
+        stop = int(failed[0]) if len(failed) else len(block)
+        passed = ends[:stop].nonzero()
+        last = start + int(passed[-1]) + 1 if len(passed) else last
+        if len(failed):
+            break
+    return last, True

@@ -92,12 +92,19 @@ class Test:
         p = hoeffding_bentkus(mean, samples, self.bound, self.risk.low, self.risk.high)
         return p <= error
 
-    def needed(self, error: float, most: int = 1 << 24) -> int | None:
+    def needed(self, samples: int, error: float, most: int = 1 << 24) -> int | None:
         """The least number of samples with which a loss that is always 0 would pass.
 
+        Args:
+            samples: how many there are.
+            error: the probability with which the claim may be wrong.
+            most: beyond it, none is looked for.
+
         Returns:
-            The number, or ``None`` where none up to ``most`` does.
+            The number, or ``None`` where ``samples`` do or where none up to ``most`` does.
         """
+        if self._silent(samples, error):
+            return None
         if self.kind == "clopper-pearson":
             return enough(self.bound, error) if self.bound > 0 else None
         low, high = 0, 1
@@ -112,8 +119,7 @@ class Test:
 
     def _silent(self, samples: int, error: float) -> bool:
         """Whether so many samples without any loss pass."""
-        if self.kind == "score":
-            # Without a single gap, rates of -1 near 0 decide: a binomial without a loss.
-            return self.bound > 0 and samples >= enough(self.bound, error)
+        if self.kind == "score" and (self.bound == 0 or samples < enough(self.bound, error)):
+            return False  # without having to make the test
         sums = self.features(torch.zeros(1)) * samples
         return bool(self.passes(sums, samples, error)[0])

@@ -1,0 +1,1 @@
+"""The parts of the runtime benchmark, one question a file."""

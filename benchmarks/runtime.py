@@ -1,0 +1,182 @@
+"""How fast the runtime is: against the ideal, the backbone alone, and earlyon.
+
+    python benchmarks/runtime.py --data DIR --json benchmarks/results/runtime.json
+
+Everything in one process on one thread, candidates in turn, medians; ratios are what counts.
+``--data`` holds ResNet-56's weights and CIFAR-10 (JPEG); the network that races earlyon is trained
+once and kept under ``--runs``.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.running.ideal import (
+    measure_compaction,
+    measure_ideal,
+    measure_overhead,
+    runner_of,
+)
+from benchmarks.running.memory import measure_memory
+from benchmarks.running.onefile import measure_file
+from benchmarks.running.rival import measure_rival
+from benchmarks.subjects import MIXES, SMALL, SUBJECTS
+from benchmarks.trained import RECIPES
+from offramp.run.engines import Engine, OnnxRuntime, OpenVINO, Torch
+
+PACKAGES = ("torch", "onnxruntime", "onnx", "openvino", "transformers", "numpy")
+ENGINES = {
+    "onnxruntime": lambda: OnnxRuntime(threads=1),
+    "torch": Torch,
+    "openvino": lambda: OpenVINO(threads=1),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--only", choices=sorted(_PARTS), action="append", help="these parts")
+    parser.add_argument("--device", default="cpu", help="cuda: stages alone, on eager torch")
+    parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    result: dict[str, Any] = {}
+    if given.json and given.json.is_file() and given.only:
+        result = json.loads(given.json.read_text("utf-8"))["parts"]
+    parts = ["stages"] if given.device != "cpu" else given.only or list(_PARTS)
+    for name in parts:
+        print(f"{name} ...", file=sys.stderr)
+        result[name] = _PARTS[name](given)
+    document = {
+        "schema": 1,
+        "benchmark": "runtime",
+        "summary": summary(result),
+        "conditions": {
+            "threads": 1,
+            "device": given.device,
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "quick": given.quick,
+            "seconds": round(time.perf_counter() - begin),
+            "mixes": {name: list(shares) for name, shares in MIXES.items()},
+        },
+        "parts": result,
+    }
+    text = json.dumps(document, indent=1) + "\n"
+    if given.json:
+        part = given.json.with_name(f".{given.json.name}.part")
+        part.write_text(text, "utf-8")
+        os.replace(part, given.json)
+    print(json.dumps(document["summary"], indent=1))
+
+
+# -- the parts -------------------------------------------------------------------------------------
+
+
+def _stages(given: argparse.Namespace) -> dict[str, Any]:
+    """Against the ideal and against the backbone alone, on each engine."""
+    subjects = ["resnet56_cifar"] if given.quick else list(SUBJECTS)
+    engines = ["onnxruntime"] if given.quick else list(ENGINES)
+    engines = engines if given.device == "cpu" else ["torch"]
+    batches = [1, 32] if given.quick else [1, 8, 32, 64]
+    seconds = 1.5 if given.quick else 6.0
+    ideal, overhead = [], []
+    for name in subjects:
+        subject = replace(SUBJECTS[name], device=given.device)
+        model = subject.model(given.data)
+        for engine in engines:
+            print(f"  {name} on {engine}", file=sys.stderr)
+            made: Engine = ENGINES[engine]()
+            runner = runner_of(model, subject, made)
+            ideal += measure_ideal(subject, runner, batches, seconds)
+            overhead += measure_overhead(subject, model, runner, batches, 2 * seconds)
+    return {"ideal": ideal, "overhead": overhead}
+
+
+def _compaction(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """A network so small that compacting does not pay."""
+    runner = runner_of(SMALL.model(given.data), SMALL, OnnxRuntime(threads=1))
+    return measure_compaction(SMALL, runner, [8, 64, 512], 1.0 if given.quick else 3.0)
+
+
+def _earlyon(given: argparse.Namespace) -> dict[str, Any]:
+    counts = {1: 200, 8: 400, 64: 640} if given.quick else {1: 2000, 8: 4000, 64: 4992}
+    names = ["fashion_mnist"] if given.quick else list(RECIPES)
+    return {name: measure_rival(name, given.data, given.runs, counts) for name in names}
+
+
+def _file(given: argparse.Namespace) -> list[dict[str, Any]]:
+    names = ["resnet18_64px"] if given.quick else list(SUBJECTS)
+    return [
+        measure_file(SUBJECTS[name], SUBJECTS[name].model(given.data), 1.0 if given.quick else 8.0)
+        for name in names
+    ]
+
+
+def _memory(given: argparse.Namespace) -> list[dict[str, Any]]:
+    names = ["resnet56_cifar"] if given.quick else list(SUBJECTS)
+    return [measure_memory(SUBJECTS[n], SUBJECTS[n].model(given.data), 64) for n in names]
+
+
+_PARTS = {
+    "stages": _stages,
+    "compaction": _compaction,
+    "file": _file,
+    "memory": _memory,
+    "earlyon": _earlyon,
+}
+
+
+def summary(parts: dict[str, Any]) -> dict[str, float]:
+    """The figures that are watched; those on stages are the worst on onnxruntime."""
+    found: dict[str, float] = {}
+    stages = parts.get("stages", {"ideal": [], "overhead": []})
+    for kind, rows, key in (
+        ("ideal_ratio", stages["ideal"], "ratio"),
+        ("overhead", stages["overhead"], "ratio_less_heads"),
+    ):
+        for batch in (1, 32, 64):
+            values = [
+                row[key] for row in rows if row["batch"] == batch and row["engine"] == "onnxruntime"
+            ]
+            if values:
+                found[f"{kind}_b{batch}"] = max(values)
+    for name, race in parts.get("earlyon", {}).items():
+        suffix = "" if name == "fashion_mnist" else "_" + name
+        for row in race["rows"]:
+            found[f"earlyon_b{row['batch']}{suffix}"] = row["over_earlyon"]
+    for row in parts.get("file", []):
+        if row["network"] == "resnet18_64px":
+            found["export_seconds_resnet18"] = row["export_and_proof_seconds"]
+    files = [row["file_over_first_stage"] for row in parts.get("file", [])]
+    if files:
+        found["file_over_first_stage"] = max(files)
+    memory = [row["ratio"] for row in parts.get("memory", [])]
+    if memory:
+        found["memory_ratio"] = max(memory)
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""What a runner has done."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from offramp.build.cost import ExitCosts
+
+__all__ = ["Stats", "Tally"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a runner has done since it was made, or since ``reset``.
+
+    Attributes:
+        samples: how many samples came.
+        exits: how many left at each exit of the model.
+        survivors: how many entered each stage.
+        mean_cost: cost per sample in the unit of the model's costs, heads that ran included.
+        missed: how many samples were answered after the deadline they were given.
+    """
+
+    samples: int
+    exits: tuple[int, ...]
+    survivors: tuple[int, ...]
+    mean_cost: float
+    missed: int = 0
+
+
+class Tally:
+    """Counts as batches are answered, by several threads at once.
+
+    Args:
+        costs: of the model.
+        kept: the exits that run, by number.
+    """
+
+    def __init__(self, costs: ExitCosts, kept: Sequence[int]) -> None:
+        heads = [cost if k in kept else 0.0 for k, cost in enumerate(costs.heads)]
+        self._costs = np.cumsum(np.add(costs.stages, heads))
+        self._lock = threading.Lock()
+        self._kept = tuple(kept)
+        self._taken = [0] * len(costs.stages)
+        self._entered = [0] * len(kept)
+        self._missed = 0
+
+    def add(self, exits: np.ndarray, entered: Sequence[int], missed: int) -> None:
+        """Count a batch: the exit of each sample (B,), and how many entered each stage."""
+        with self._lock:
+            self._missed += missed
+            for exit, count in enumerate(np.bincount(exits).tolist()):
+                self._taken[exit] += count
+            for position, count in enumerate(entered):
+                self._entered[position] += count
+
+    def add_one(self, exit: int) -> None:
+        """Count a single sample."""
+        with self._lock:
+            self._taken[exit] += 1
+            for position, kept in enumerate(self._kept):
+                self._entered[position] += kept <= exit
+
+    def stats(self) -> Stats:
+        """The counts so far."""
+        with self._lock:
+            taken, entered, missed = tuple(self._taken), tuple(self._entered), self._missed
+        samples = sum(taken)
+        mean = float(np.dot(taken, self._costs)) / samples if samples else math.nan
+        return Stats(samples, taken, entered, mean, missed)

@@ -1,0 +1,193 @@
+"""What must not be given to a runner: refused by name, and the runner goes on."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offramp.build.model import attach
+from offramp.decide.policy import Policy
+from offramp.errors import DataError, OfframpError
+from offramp.run.artifact import export, load
+from offramp.run.runner import Runner
+from offramp.run.times import StageTimes, rows_in_memory
+from tests.networks import example_of
+from tests.run.conftest import case, rows_of
+from tests.run.test_select import graphs
+from tests.run.test_select import made as graph_model
+
+ENGINES = ("torch", "onnxruntime", "openvino")
+
+
+@cache
+def _made(kind: str, engine: str) -> Runner:
+    one = case(kind)
+    return Runner(one.model, Policy("confidence", [0.5, 0.5]), one.example, engine=engine)
+
+
+def runner_of(kind: str, engine: str) -> Runner:
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    made = _made(kind, engine)
+    fresh = made.under(made.policy)
+    fresh.times = StageTimes.none()
+    return fresh
+
+
+def spoilt(value: float) -> Tensor:
+    """Five images, the fourth with one bad value."""
+    x = example_of("cnn", 5)
+    x[3, 1, 2, 3] = value
+    return x
+
+
+IMAGES = {
+    "dtype": (torch.zeros(2, 3, 16, 16, dtype=torch.float64), "expected float32 .* got float64"),
+    "half": (torch.zeros(2, 3, 16, 16, dtype=torch.float16), "expected float32 .* got float16"),
+    "bytes": (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "expected float32 .* got uint8"),
+    "rank": (torch.zeros(3, 16, 16), r"shape \(batch, 3, 16, 16\), got .* \(3, 16, 16\)"),
+    "channels": (torch.zeros(2, 1, 16, 16), r"got float32 of shape \(2, 1, 16, 16\)"),
+    "layout": (torch.zeros(2, 16, 16, 3), r"got float32 of shape \(2, 16, 16, 3\)"),
+    "size": (torch.zeros(2, 3, 16, 17), r"got float32 of shape \(2, 3, 16, 17\)"),
+    "scalar": (torch.tensor(1.0), r"got float32 of shape \(\)"),
+    "empty": (torch.zeros(0, 3, 16, 16), "empty batch; pass at least one row"),
+    "nan": (spoilt(math.nan), "row 3 .1 of 5 rows. are not finite: the input has NaN or infinite"),
+    "infinite": (spoilt(math.inf), "row 3 .1 of 5 rows. are not finite: the input has NaN"),
+    "mapping": ({"x": torch.zeros(2, 3, 16, 16)}, "the structure .* but the example had"),
+    "two": ((torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, 16, 16)), "the structure"),
+    "list": ([[0.0] * 16], "the structure"),
+    "text": ("image.png", "the structure"),
+    "nothing": (None, "the structure"),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("what", IMAGES)
+def test_a_bad_image_is_named_and_the_next_is_answered(engine: str, what: str) -> None:
+    given, text = IMAGES[what]
+    runner = runner_of("cnn", engine)
+    x = example_of("cnn", 4)
+    wanted = runner(x)
+    runner.reset()
+    with pytest.raises(DataError, match=text):
+        runner(given)
+    assert runner.stats.samples == 0
+    assert torch.equal(runner(x).logits, wanted.logits)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("what", ["dtype", "rank", "channels", "empty", "nan", "infinite"])
+def test_a_bad_array_is_named_alike(engine: str, what: str) -> None:
+    given, text = IMAGES[what]
+    with pytest.raises(DataError, match=text):
+        runner_of("cnn", engine)(given.numpy())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"input_ids": torch.zeros(2, 9)}, "'input_ids': expected int64 .* got float32"),
+        ({"input_ids": torch.zeros(2, 9, dtype=torch.int32)}, "'input_ids': .* got int32"),
+        ({"attention_mask": torch.ones(2, 8, dtype=torch.int64)}, r"'attention_mask': .*\(2, 8\)"),
+        ({"attention_mask": torch.ones(3, 9, dtype=torch.int64)}, "different numbers of rows"),
+        ({"attention_mask": None}, "the structure"),
+        ({"token_type_ids": torch.ones(2, 9, dtype=torch.int64)}, "the structure"),
+    ],
+)
+def test_bad_text_is_named(engine: str, change: dict[str, object], text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        runner_of("encoder", engine)({**example_of("encoder", 2), **change})
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_tokens_beyond_the_vocabulary_do_not_crash(engine: str) -> None:
+    x = example_of("encoder", 2)
+    x["input_ids"][1, 0] = 10**6
+    with pytest.raises(Exception, match=r"index|bounds"):
+        runner_of("encoder", engine)(x)
+
+
+@pytest.mark.parametrize("policy", [Policy("patience", [0.0, 0.0]), Policy("confidence", [-9, 0])])
+def test_a_row_that_is_not_finite_does_not_leave_early_unseen(policy: Policy) -> None:
+    """Rules that count would let it go at once, and so do thresholds that everything reaches."""
+    one = case("cnn")
+    runner = Runner(one.model, policy, one.example)
+    with pytest.raises(DataError, match="row 3"):
+        runner(spoilt(math.nan))
+    with pytest.raises(DataError, match="row 0 .1 of 1 rows"):
+        runner(spoilt(math.nan)[3:4])
+
+
+def test_graphs_that_are_not_finite_are_named_too() -> None:
+    runner = Runner(graph_model(), Policy("confidence", [0.5, 0.5]), graphs())
+    x = graphs(seed=4)
+    x["x"][-1, 0] = math.nan  # a node of the last graph
+    with pytest.raises(DataError, match="row 32 .1 of 33 rows. .* NaN or infinite values in 'x'"):
+        runner(x)
+    x["x"][-1] = 3e38
+    with pytest.raises(DataError, match="row 5 .1 of 6 rows. .* the model overflows"):
+        runner(x)
+
+
+class Missing(nn.Module):
+    """Tells NaN in its input from numbers by itself, as tables have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x.nan_to_num(0.0))))
+
+
+def test_what_is_not_finite_in_the_example_is_allowed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    example = torch.randn(4, 6)
+    example[1, 2] = math.nan
+    model = attach(Missing().eval(), example, exits=["first"])
+    policy = Policy("confidence", [2.0])
+    wanted = Runner(model, policy, example)(example)
+    assert wanted.logits.isfinite().all()
+    loaded = load(export(model, policy, example, tmp_path / "a.offramp"))
+    assert torch.allclose(loaded(example).logits, wanted.logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", ["cnn", "encoder"])
+@pytest.mark.parametrize("arrays", [False, True])
+def test_more_rows_than_memory_holds_are_run_in_pieces(
+    engine: str, kind: str, arrays: bool
+) -> None:
+    runner, x = runner_of(kind, engine), example_of(kind, 23)
+    if arrays:
+        x = {k: v.numpy() for k, v in x.items()} if isinstance(x, dict) else x.numpy()
+    at_once = runner(x)
+    runner.reset()
+    runner.max_batch = 5
+    pieces = runner(x)
+    assert isinstance(pieces.logits, np.ndarray) == arrays
+    assert pieces.exit.tolist() == at_once.exit.tolist()
+    assert np.allclose(pieces.logits, at_once.logits, atol=1e-5)
+    assert runner.stats.samples == 23
+    runner.max_batch = 1
+    assert runner(rows_of(x, slice(0, 3))).exit.tolist() == at_once.exit.tolist()[:3]
+
+
+def test_what_fits_into_memory_is_told_by_what_is_free() -> None:
+    assert rows_in_memory(1e30) == 1  # one row at a time, whatever it takes
+    assert rows_in_memory(1e6) > rows_in_memory(1e8) > 1
+    assert rows_in_memory(0) > 1e6
+
+
+def test_every_error_is_of_the_library() -> None:
+    runner = runner_of("cnn", "torch")
+    for given, _ in IMAGES.values():
+        with pytest.raises(OfframpError):
+            runner(given)
