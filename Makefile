@@ -10,6 +10,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 WORKERS ?= 2
+# Where the data of the benchmarks is.
+DATA ?= data
 # Tests run side by side, each on one thread. Headless drawing, no hub.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=agg HF_HUB_OFFLINE=1
 
@@ -53,8 +55,12 @@ check: $(VENV)/.installed-test  ## style, types, the import contract, the figure
 	$(BIN)/lint-imports
 	$(BIN)/python benchmarks/tables.py --check
 
-bench: $(VENV)/.installed  ## run the benchmarks; each writes a JSON into benchmarks/results
+bench: $(VENV)/.installed-test  ## run the benchmarks; each writes a JSON into benchmarks/results
 	$(BIN)/python benchmarks/digits.py --out benchmarks/results/digits.json $(ARGS)
+	$(BIN)/python benchmarks/coverage.py --json benchmarks/results/coverage.json
+	$(BIN)/python benchmarks/runtime.py --data $(DATA) --json benchmarks/results/runtime.json
+	$(BIN)/python benchmarks/quantisation.py --data $(DATA) \
+	  --json benchmarks/results/quantisation.json
 
 docs: $(VENV)/.installed-test  ## write the tables from the results, run the code of the documents
 	$(BIN)/python benchmarks/tables.py

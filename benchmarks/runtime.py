@@ -50,7 +50,7 @@ ENGINES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--only", choices=sorted(_PARTS), action="append", help="these parts")
@@ -100,7 +100,7 @@ def _stages(given: argparse.Namespace) -> dict[str, Any]:
     engines = ["onnxruntime"] if given.quick else list(ENGINES)
     engines = engines if given.device == "cpu" else ["torch"]
     batches = [1, 32] if given.quick else [1, 8, 32, 64]
-    seconds = 1.5 if given.quick else 6.0
+    seconds = 1.5 if given.quick else 3.0
     ideal, overhead = [], []
     for name in subjects:
         subject = replace(SUBJECTS[name], device=given.device)

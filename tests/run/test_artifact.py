@@ -13,7 +13,7 @@ from offramp.build.model import attach
 from offramp.decide.criteria import Criterion
 from offramp.decide.policy import Policy, replay
 from offramp.decide.record import record
-from offramp.errors import ArtifactError, DataError, EqualityError
+from offramp.errors import ArtifactError, DataError, EqualityError, OfframpError
 from offramp.run import artifact
 from offramp.run.artifact import MODEL, POLICY, export, load, verify
 from offramp.run.runner import Runner
@@ -156,6 +156,16 @@ def test_what_is_loaded_can_be_recorded_and_retuned(made: Path) -> None:
     assert torch.equal(torch.cat([r.exit for r in got]), decided.exit)
     assert torch.equal(torch.cat([r.prediction for r in got]), decided.prediction)
     assert len(decided.exit.unique()) == 2
+
+
+def test_the_faster_engine_can_be_picked(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picked = load(made, "auto")
+    assert picked.engine.name in {"onnxruntime", "openvino"}
+    x = example_of("encoder", 6)
+    assert torch.equal(picked(**x).exit, load(made)(**x).exit)
+    monkeypatch.setattr("offramp.run.artifact.ENGINES", ("tensorrt",))
+    with pytest.raises(OfframpError, match="None of the engines tensorrt runs this"):
+        load(made, "auto")
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])

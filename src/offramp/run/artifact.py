@@ -34,19 +34,21 @@ from offramp.decide.policy import Policy
 from offramp.errors import ArtifactError, OfframpError
 from offramp.run.calls import Call
 from offramp.run.chain import Link, Step, chain
-from offramp.run.engines import OnnxEngine, engine_of
+from offramp.run.engines import Engine, OnnxEngine, StepCall, engine_of
 from offramp.run.graph import cut
 from offramp.run.onnx import connect, convert, split
 from offramp.run.proof import compare_file
 from offramp.run.rows import RowAxis
 from offramp.run.runner import Runner
 from offramp.run.stages import StagedModel
+from offramp.run.times import fastest
 
 __all__ = ["export", "load", "verify"]
 
 SCHEMA = 1
 MODEL, POLICY, MANIFEST = "model.onnx", "policy.json", "manifest.json"
 STAGE = "stages/{}.onnx"
+ENGINES = ("onnxruntime", "openvino")
 KIND = "offramp artifact"
 MOST_FOLDED = 1 << 20  # windows, heads or nodes of one sample in the dimension of the batch
 
@@ -129,15 +131,16 @@ def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime")
 
     Args:
         path: the folder that :func:`export` wrote.
-        engine: ``"onnxruntime"`` or ``"openvino"``, or an instance.
+        engine: ``"onnxruntime"`` or ``"openvino"``, or an instance; or ``"auto"``: the faster of
+            the two here, as ``runner.engine.name`` then says.
 
     Raises:
         ArtifactError: the artifact is damaged, foreign, or of a later schema; the part is named.
     """
     folder = Path(path)
     manifest = _manifest(folder)
-    executes = engine_of(engine)
-    if not isinstance(executes, OnnxEngine):
+    executes = None if engine == "auto" else engine_of(engine)
+    if executes is not None and not isinstance(executes, OnnxEngine):
         raise ArtifactError(
             f"An artifact holds ONNX, which the engine {executes.name!r} does not execute. "
             "Use 'onnxruntime' or 'openvino'."
@@ -150,7 +153,15 @@ def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime")
         links = [_link_from_json(step, threshold) for step, threshold in steps]
         file = onnx.load_from_string(parts[MODEL])
         _check_inputs(manifest, file)
-        calls = [executes.session(one) for one in _stages(parts, file, links)]
+        models, call = _stages(parts, file, links), _call(manifest)
+
+        def sessions(tried: Engine) -> list[StepCall]:
+            return [tried.session(one) for one in models] if isinstance(tried, OnnxEngine) else []
+
+        if executes is None:
+            executes, calls = fastest(ENGINES, sessions, links, call)
+        else:
+            calls = sessions(executes)
         costs = manifest["costs"]
         return Runner.of_links(
             executes,
@@ -161,7 +172,7 @@ def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime")
                 unit=costs["unit"], stages=tuple(costs["stages"]), heads=tuple(costs["heads"])
             ),
             tuple(manifest["places"]),
-            _call(manifest),
+            call,
             manifest["row_bytes"],
         )
     except OfframpError:

@@ -77,7 +77,10 @@ class Runner:
         steps = chain(staged, policy, model.num_exits)
         links = [step.link for step in steps]
         if engine == "auto":
-            loaded, calls = fastest(steps, staged)
+            names = ("torch", "onnxruntime", "openvino")
+            loaded, calls = fastest(
+                names, lambda tried: tried.load(steps), links, staged.call, staged.selector
+            )
         else:
             loaded = engine_of(engine)
             calls = loaded.load(steps)

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from offramp.errors import OfframpError
 from offramp.run.calls import Call
-from offramp.run.chain import Link, Step
+from offramp.run.chain import Link
 from offramp.run.compaction import Compaction
 from offramp.run.engines import Array, Engine, StepCall, engine_of
-from offramp.run.selection import samples_of, take_samples
-from offramp.run.stages import StagedModel
+from offramp.run.selection import Selector, samples_of, take_samples
 
 __all__ = ["Line", "StageTimes", "fastest", "rows_in_memory"]
 
@@ -106,29 +105,45 @@ class StageTimes:
 
 
 def fastest(
-    steps: Sequence[Step],
-    staged: StagedModel,
-    names: Sequence[str] = ("torch", "onnxruntime", "openvino"),
+    names: Sequence[str],
+    load: Callable[[Engine], list[StepCall]],
+    links: Sequence[Link],
+    call: Call,
+    selector: Selector | None = None,
 ) -> tuple[Engine, list[StepCall]]:
     """The engine that runs all steps in the least time on a batch like the example.
 
     An engine that is not installed, or cannot execute these steps, is passed over; what was
     measured is logged.
+
+    Args:
+        names: of the engines to try.
+        load: makes the steps executable by an engine.
+        links: the steps.
+        call: the example.
+        selector: takes samples out of inputs where dimension 0 is not the batch.
+
+    Raises:
+        OfframpError: no engine executes these steps.
     """
     found: list[tuple[float, Engine, list[StepCall]]] = []
-    batch = staged.samples
+    batch = samples_of(call.tensors, selector)
+    reason: OfframpError | None = None
     for name in names:
         try:
             engine = engine_of(name)
-            calls = engine.load(steps)
+            calls = load(engine)
         except OfframpError as error:
             _log.info("engine %s passed over: %s", name, error)
+            reason = error
             continue
-        compact = Compaction(engine, steps[0].inputs, staged.selector)
-        times = StageTimes.measure(engine, steps, calls, staged.call, compact, batch)
+        compact = Compaction(engine, links[0].inputs, selector)
+        times = StageTimes.measure(engine, links, calls, call, compact, batch)
         seconds = sum(line.at(batch) for line in times.stages)
         _log.info("engine %s: %.3f ms for a batch of %d", name, 1e3 * seconds, batch)
         found.append((seconds, engine, calls))
+    if not found:
+        raise OfframpError(f"None of the engines {', '.join(names)} runs this: {reason}")
     _, engine, calls = min(found, key=lambda one: one[0])
     _log.info("engine %s picked", engine.name)
     return engine, calls
