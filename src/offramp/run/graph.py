@@ -186,7 +186,7 @@ class Cutter:
         raise StageError(
             "torch.export fixed the batch size of this model to that of the example: some "
             "operation works for that size only. Look for a reshape with a constant in place of "
-            "the batch."
+            "the batch, and for len(x), which is a plain number: write x.shape[0]."
         )
 
     def _counted(self) -> dict[sympy.Symbol, tuple[int, int]]:
