@@ -25,10 +25,12 @@ from benchmarks.vision_packages import prepare
 from offramp.build.model import MultiExitModel
 from offramp.build.outputs import find_logits
 from offramp.run.chain import Step, chain
+from offramp.run.difference import distance
 from offramp.run.engines import engine_of
+from offramp.run.evaluating import evaluating
 from offramp.run.graph import cut
 from offramp.run.onnx import connect, convert
-from offramp.run.proof import TOLERANCE, distance, evaluating, prove
+from offramp.run.proof import TOLERANCE, prove
 from offramp.run.runner import Runner
 from offramp.run.stages import StagedModel
 

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from offramp.decide import Policy, calibrate, replay
+from offramp.decide import (
+    Policy,
+    calibrate,
+    fit_ensemble,
+    fit_gates,
+    fit_temperatures,
+    replay,
+)
 from offramp.decide.criteria import Confidence
 from offramp.decide.guarantees import Promise, Risk, promised
 from offramp.decide.guarantees.bounded import bets, betting_log_wealth, hoeffding_bentkus
@@ -124,7 +131,11 @@ def test_fewer_losses_or_more_wins_never_hurt(lost, won):
 
 @pytest.mark.parametrize(
     ("low", "high", "values", "chances"),
-    [(-2, 2, [-0.5, 0.0, 1.5], [0.3, 0.5, 0.2]), (0, 1, [0.0, 0.3, 1.0], [0.5, 0.4, 0.1])],
+    [
+        (-2, 2, [-0.5, 0.0, 1.5], [0.3, 0.5, 0.2]),
+        (0, 1, [0.0, 0.3, 1.0], [0.5, 0.4, 0.1]),
+        (-1, 1, [-1.0, 0.0, 1.0], [0.5, 0.3, 0.2]),  # a mean below 0
+    ],
 )
 def test_bets_do_not_gain_where_the_mean_is_the_bound(low, high, values, chances):
     mean = float(np.dot(values, chances))
@@ -362,6 +373,34 @@ def test_a_user_loss_that_may_be_negative_and_is_not_monotone():
         calibrate(trace, max_loss=0.1, loss=regret, loss_limits=(1, 0), confidence=0.9)
 
 
+def test_a_gain_can_be_promised_as_a_loss_below_zero():
+    def regret(logits, labels):
+        return 0.5 - logits.softmax(1).gather(1, labels[:, None]).squeeze(1)
+
+    trace = draw(4000, 2)
+    ask = {"loss": regret, "loss_limits": (-0.5, 0.5), "confidence": 0.9}
+    for bound in ("betting", "hoeffding-bentkus"):
+        policy = calibrate(trace, max_loss=-0.1, bound=bound, **ask)
+        out = replay(POPULATION, policy)
+        assert float(regret(out.logits, POPULATION.labels).mean()) <= -0.1
+        assert policy.provenance["achieved"]["cost_ratio"] < 0.95
+        with pytest.raises(Infeasible, match="cannot be promised: already where nobody leaves"):
+            calibrate(trace, max_loss=-0.45, bound=bound, **ask)
+    with pytest.raises(PolicyError, match=r"must lie in \[-0.5, 0.5\), got -0.6"):
+        calibrate(trace, max_loss=-0.6, **ask)
+
+
+def test_nobody_leaves_where_heads_cost_more_than_early_leavers_save():
+    base = draw(2000, 9)
+    dear = replace(base, head_costs=torch.tensor([0.3, 0.3, 0.3, 0.0]))
+    for trace in (dear, dear.keep_exits([0])):
+        policy = calibrate(trace, max_accuracy_drop=0.01, confidence=0.95)
+        assert policy.provenance["achieved"]["cost_ratio"] <= 1.0
+        assert policy.provenance["promise"]["sentence"].startswith("nobody leaves early, so with")
+    cheap = calibrate(base, max_accuracy_drop=0.01, confidence=0.95)
+    assert cheap.provenance["achieved"]["cost_ratio"] < 0.95
+
+
 def test_brier_and_bonferroni_and_a_path_of_other_samples():
     trace = draw(3000, 3)
     for more in ({}, {"testing": "bonferroni"}, {"path": draw(2000, 4)}):
@@ -438,6 +477,24 @@ def test_what_cannot_be_promised_at_all():
 def test_promises_that_make_no_sense(more, text):
     with pytest.raises(PolicyError, match=text):
         calibrate(random_trace(200), **{"confidence": 0.9, **more})
+
+
+@pytest.mark.parametrize("fit", ["temperatures", "ensemble", "gates"])
+def test_nothing_is_promised_about_samples_that_fitted_the_criterion(fit):
+    trace = draw(900, 8)
+    fitting, calibration = trace.split(0.4)
+
+    def fitted(on):
+        if fit == "temperatures":
+            return fit_temperatures(on).apply("margin")
+        if fit == "ensemble":
+            return fit_ensemble(on)
+        return fit_gates(on, max_cost=0.6)
+
+    goal = {"min_agreement": 0.8, "confidence": 0.9}
+    with pytest.raises(TraceError, match="fitted on the very samples that the promise"):
+        calibrate(calibration, fitted(calibration), **goal)
+    assert calibrate(calibration, fitted(fitting), **goal).provenance["promise"]
 
 
 def test_promises_need_labels_and_the_right_network():

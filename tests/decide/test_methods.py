@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from offramp.decide import Policy, calibrate, frontier, replay
 from offramp.decide.criteria import criterion
 from offramp.decide.gains import correctness, smoothed
+from offramp.decide.methods.cuts import Cuts
 from offramp.decide.methods.families import FAMILIES
 from offramp.decide.methods.landscape import Landscape, odds
 from offramp.decide.methods.lattice import Lattice
@@ -261,6 +262,38 @@ def test_a_frontier_rises():
         assert float(decided.cost.mean()) / trace.full_cost == pytest.approx(point.cost_ratio)
         right = float((decided.prediction == trace.labels).double().mean())
         assert right == pytest.approx(point.accuracy)
+
+
+def test_less_is_spent_only_where_that_is_surely_better():
+    trace = random_trace(4000)
+    worse = trace.logits.clone()
+    worse[2:] = worse[2:].roll(1, dims=1)  # behind the second exit, answers of other samples
+    spoilt = Trace(worse, trace.labels, trace.stage_costs, trace.head_costs)
+    achieved = calibrate(spoilt, max_cost=0.9).provenance["achieved"]
+    assert achieved["cost_ratio"] < 0.6
+    assert achieved["accuracy"] >= float(
+        (trace.logits[1].argmax(1) == trace.labels).double().mean()
+    )
+    same = trace.logits.clone()
+    same[2:] = same[1] + 0.02 * same[2:]  # no better than the second exit, but for chance
+    level = Trace(same, trace.labels, trace.stage_costs, trace.head_costs)
+    assert calibrate(level, max_cost=0.8).provenance["achieved"]["cost_ratio"] > 0.788
+
+
+def test_networks_cut_short_are_put_on_the_budget():
+    trace = random_trace(2000, exits=5)
+    scored, right = scored_of(trace)
+    ranks = Ranks(scored.scores[:-1])
+    land = Landscape.of(scored, right, ranks)
+    for budget in (0.3, 0.5, 0.7):
+        costs = []
+        for log_odds, on in Cuts(scored, ranks).at(budget):
+            assert on.any()
+            moved, gain = land.onto(log_odds[None], on, budget)
+            if gain[0] > -np.inf:
+                costs.append(land.means(moved, on)[0][0])
+        assert len(costs) >= 4
+        np.testing.assert_allclose(costs, budget, rtol=0.011)
 
 
 def test_the_same_seed_gives_the_same_thresholds():

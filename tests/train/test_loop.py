@@ -182,26 +182,6 @@ def test_gradient_equilibrium_scales_before_the_step() -> None:
 # What every scheme keeps.
 
 
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
-def test_every_scheme_learns(scheme: str) -> None:
-    model = model_of(dropout=0.0)
-    if scheme == "heads":  # on a backbone that has learned something
-        first = [Phase("backbone", (0, 1, 2, 3), (), (3,), epochs=12)]
-        quick(model, loader_of(256, 32), scheme=first, lr=0.02)
-    history = quick(
-        model,
-        loader_of(256, 32),
-        scheme=scheme,
-        epochs=24,
-        validation=loader_of(64, 64, seed=1),
-        lr=0.02,
-    )
-    assert len(history) == 24
-    trained = {k for phase in history.plan for k in phase.exits}
-    for k in trained:
-        assert history[-1].val_accuracy[k] > 0.7, (scheme, k)
-
-
 def test_the_model_is_left_ready_for_use() -> None:
     model = model_of().train()
     flags = [p.requires_grad for p in model.parameters()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from offramp.train.checkpoint import FILE_NAME, read_checkpoint
 from offramp.train.history import History
 from offramp.train.loop import fit
 from offramp.train.objectives import Distill
-from offramp.train.schemes import SCHEMES, Joint, Mixed
+from offramp.train.schemes import Joint, Mixed
 from tests.train.tiny import Breaking, data_of, digests, loader_of, model_of
 
 
@@ -36,8 +37,6 @@ class Augmented(Dataset[tuple[Tensor, Tensor]]):
         return len(self.x)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        import random
-
         import numpy as np
 
         noise = torch.randn(6) + random.random() + float(np.random.rand())
@@ -64,17 +63,6 @@ def interrupted(folder: Path, stops: list[int], **settings: Any) -> tuple[Any, H
             train(model_of(), Breaking(loader(), batches, Stop()), checkpoint=folder, **settings)
     model = model_of()
     return model, train(model, loader(), checkpoint=folder, **settings)
-
-
-@pytest.mark.parametrize("scheme", sorted(SCHEMES))
-def test_every_scheme_resumes_to_the_same_bytes(scheme: str, tmp_path: Path) -> None:
-    whole = model_of()
-    expected = train(whole, loader(), scheme=scheme)
-    settings = {"scheme": scheme, "checkpoint_every": 2}
-    model, history = interrupted(tmp_path, [3, 9], **settings)
-    assert digests(model) == digests(whole)
-    assert history.rows == expected.rows
-    assert torch.equal(model.training_fingerprints, whole.training_fingerprints)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2, 4, 5, 6, 10, 13])
@@ -332,15 +320,16 @@ class Slow:
 
 model = model_of()
 print("ready", flush=True)
-fit(model, Slow(loader()), scheme="layerwise", epochs=12, seed=3, checkpoint=sys.argv[1],
+fit(model, Slow(loader()), scheme="layerwise", epochs=24, seed=3, checkpoint=sys.argv[1],
     checkpoint_every=1, progress=False, accelerator="cpu")
 print(sorted(digests(model).items()))
 """
 
 
 @pytest.mark.slow
-def test_killed_at_ten_moments(tmp_path: Path) -> None:
-    """kill -9, ten times, at moments that spread over the training."""
+def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
+    """kill -9, ten times; each time training comes further than the last checkpoint."""
+    draw = random.Random(7)
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(root / "src")])}
 
@@ -355,7 +344,7 @@ def test_killed_at_ten_moments(tmp_path: Path) -> None:
 
     expected = start(tmp_path / "whole").communicate()[0]
     folder = tmp_path / "killed"
-    for moment in range(10):
+    for _ in range(10):
         process = start(folder)
         assert process.stdout is not None
         process.stdout.readline()
@@ -365,7 +354,8 @@ def test_killed_at_ten_moments(tmp_path: Path) -> None:
             if file.exists() and file.stat().st_mtime != seen:  # it came somewhere
                 break
             time.sleep(0.01)
-        time.sleep(0.013 * moment)
+        time.sleep(draw.uniform(0.0, 0.13))
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        assert process.returncode == -signal.SIGKILL  # it was not done by then
     assert start(folder).communicate()[0] == expected

@@ -99,3 +99,12 @@ def parts(model: MultiExitModel) -> dict[str, set[str]]:
     for k, head in enumerate(model.heads):
         found[f"head {k}"] = {f"heads.{k}.{name}" for name in head.state_dict()}
     return found
+
+
+def plain_model_of(exits: Sequence[str] = ("1", "3")) -> MultiExitModel:
+    """A fresh model without normalisation or dropout: samples do not see each other."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = [nn.Linear(FEATURES, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()]
+        backbone = nn.Sequential(*layers, nn.Linear(8, CLASSES))
+        return attach(backbone, torch.randn(4, FEATURES), exits=list(exits))

@@ -30,15 +30,19 @@ class Temperatures:
         values: E temperatures, the last exit included.
         before: E mean negative log-likelihoods at temperature 1, in nats.
         after: E of them at the fitted temperatures.
+        fitted_on: the fingerprint of those samples.
     """
 
     values: tuple[float, ...]
     before: tuple[float, ...]
     after: tuple[float, ...]
+    fitted_on: str = ""
 
     def apply(self, inner: str | Criterion = "confidence") -> Tempered:
         """A criterion on the tempered logits."""
-        return Tempered(inner, self.values)
+        rule = Tempered(inner, self.values)
+        rule.fitted_on = (self.fitted_on, *rule.inner.fitted_on)
+        return rule
 
 
 def fit_temperatures(trace: Trace) -> Temperatures:
@@ -63,7 +67,7 @@ def fit_temperatures(trace: Trace) -> Temperatures:
         values.append(fitted if better else 1.0)
         before.append(plain)
         after.append(tempered if better else plain)
-    return Temperatures(tuple(values), tuple(before), tuple(after))
+    return Temperatures(tuple(values), tuple(before), tuple(after), trace.fingerprint)
 
 
 def fit_ensemble(trace: Trace) -> GeometricEnsemble:
@@ -85,7 +89,9 @@ def fit_ensemble(trace: Trace) -> GeometricEnsemble:
         own = torch.zeros(k + 1, dtype=torch.float64)
         own[k] = 1.0
         weights.append(stack(logs[: k + 1], labels, own).tolist())
-    return GeometricEnsemble(weights)
+    rule = GeometricEnsemble(weights)
+    rule.fitted_on = (trace.fingerprint,)
+    return rule
 
 
 def usable(trace: Trace, what: str) -> Tensor:

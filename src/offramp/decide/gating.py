@@ -15,7 +15,7 @@ from offramp.decide.criteria import Criterion, LearnedGate
 from offramp.decide.fitting import usable
 from offramp.decide.scored import Scored, score
 from offramp.decide.trace import Trace
-from offramp.errors import PolicyError
+from offramp.errors import PolicyError, TraceError
 
 __all__ = ["fit_gates"]
 
@@ -26,6 +26,7 @@ SHARP = (3.0, 12.0)  # log-odds of leaving for one unit of score, first and last
 PRICES = (0.01, 10.0)  # of the full cost, in accuracy
 DUAL = 0.1  # how fast the price follows the budget
 HELD = 0.3  # of the samples say when to stop
+LEAST = 10  # samples: fewer leave too little on either side of that
 LOOK = 10  # steps between looks at them
 LEVELS = 49  # shared thresholds that a look tries
 HARD = 1e6  # log-odds for one unit of score that leave nothing to chance
@@ -60,22 +61,28 @@ def fit_gates(
 
     Raises:
         PolicyError: neither or both of ``max_cost`` and ``price``, or no auxiliary exit.
-        TraceError: the trace is of training data.
+        TraceError: the trace is of training data, or has fewer than 10 samples.
     """
     if (max_cost is None) == (price is None):
         raise PolicyError("fit_gates needs either max_cost= or price=, and not both.")
     if trace.labels is not None:
         usable(trace, "Gates")
+    if trace.num_samples < LEAST:
+        raise TraceError(
+            f"Gates are trained on some samples and stopped by others, so at least {LEAST} are "
+            f"needed; this trace has {trace.num_samples}. Record more, or use 'confidence'."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         gate = LearnedGate(trace.num_exits, hidden, inner)
     seen = _look(trace, gate)
     gate.center.copy_(seen.mean(1))
-    gate.spread.copy_(seen.std(1).clamp(min=1e-3))
+    gate.spread.copy_(seen.std(1, correction=0).clamp(min=1e-3))
     scored = score(trace, gate.inner)
     gains = worth.smoothed(trace, scored)
     with torch.enable_grad():
         _train(gate, seen, gains, scored, (max_cost, price))
+    gate.fitted_on = (trace.fingerprint, *gate.inner.fitted_on)
     return gate.eval()
 
 

@@ -11,7 +11,7 @@ from offramp.decide.guarantees.promise import Kept
 from offramp.decide.policy import Policy
 from offramp.decide.provenance import provenance
 from offramp.decide.trace import Trace
-from offramp.errors import Infeasible
+from offramp.errors import Infeasible, TraceError
 
 __all__ = ["kept_policy"]
 
@@ -21,7 +21,14 @@ def kept_policy(trace: Trace, rule: Criterion, goal: Goal, promise: Promise) -> 
 
     Raises:
         Infeasible: there is none, or too few samples to say so; it tells how many would do.
+        TraceError: the criterion was fitted on these very samples.
     """
+    if trace.fingerprint in rule.fitted_on:
+        raise TraceError(
+            f"The criterion {rule.name!r} was fitted on the very samples that the promise is about "
+            f"to be tested on, which would void it. Fit it on one part and calibrate on the other: "
+            f"fitting, calibration = trace.split(0.3)."
+        )
     kept = promised(trace, rule, promise)
     about = provenance(trace, kept.scored, kept.thresholds)
     about["method"] = f"promise, {kept.way}"

@@ -80,6 +80,8 @@ def result_of(
         torch.from_numpy(x) if isinstance(x, np.ndarray) else x
         for x in (prediction, logits, exit, score)
     ]
+    # Not in inference mode, and not a view of an input.
+    found = [value.clone() if value.is_inference() else value for value in found]
     if not (like.is_cpu and isinstance(score, np.ndarray)):
         found = [value.to(like.device) for value in found]
     return Result(*found)

@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from offramp.build.cost import ExitCosts
 from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy
-from offramp.errors import ArtifactError, OfframpError
+from offramp.errors import ArtifactError, OfframpError, StageError
 from offramp.run.calls import Call
 from offramp.run.chain import Link, Step, chain
 from offramp.run.engines import Engine, OnnxEngine, StepCall, engine_of
@@ -175,8 +175,10 @@ def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime")
             call,
             manifest["row_bytes"],
         )
-    except OfframpError:
-        raise
+    except OfframpError as error:
+        if not isinstance(error, StageError):
+            raise
+        raise ArtifactError(f"{folder} has the right checksums, but: {error}") from error
     except Exception as error:
         raise ArtifactError(
             f"{folder} has the right checksums, but does not hang together: "

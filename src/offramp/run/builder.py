@@ -99,6 +99,9 @@ class StageBuilder:
             return self.graph.get_attr(target)
         copy = self.graph.node_copy(node, lambda source: self.copies[source])
         _settle_sizes(copy, node)
+        if copy.target is torch.ops.aten.view.default:
+            # Strides are not those of the example after compaction, and by who calls.
+            copy.target = torch.ops.aten.reshape.default
         copy.meta = {k: node.meta[k] for k in ("val", "nn_module_stack") if k in node.meta}
         return copy
 

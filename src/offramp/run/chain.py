@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from offramp.decide.criteria import Criterion
 from offramp.decide.policy import Policy
+from offramp.errors import PolicyError
 from offramp.run.rows import RowAxis
 from offramp.run.stages import StagedModel
 
-__all__ = ["Deciding", "Link", "Step", "chain"]
+__all__ = ["Deciding", "Link", "Step", "chain", "check_state"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Deciding(nn.Module):
     def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
         """From the live values and the criterion's state to the step's outputs."""
         raw, *made = self.stage(*values[: self.live])
+        if raw.dtype != torch.float32:
+            raw = raw.float()  # as a trace holds it, so that all decide alike
         logits, score, state = self.criterion(raw, tuple(values[self.live :]), self.exit)
         own = (raw,) if self.criterion.combines else ()
         return (*own, logits, score, *state, *made)
@@ -122,3 +125,14 @@ def chain(staged: StagedModel, policy: Policy, num_exits: int) -> list[Step]:
         )
         values.update(zip(writes, outputs, strict=True))
     return steps
+
+
+def check_state(policy: Policy) -> None:
+    """Without thresholds no exit runs; a rule with state would be handed that of exits that do."""
+    if policy.thresholds is None and policy.criterion.stateful:
+        raise PolicyError(
+            f"A policy of the criterion {policy.criterion.name!r}, which carries state from exit "
+            "to exit, has no thresholds: it runs no exit but the last, and these stages run all. "
+            "Give thresholds (math.inf for exits that nobody leaves at), or make a Runner with "
+            "exits='active'."
+        )

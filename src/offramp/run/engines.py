@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.errors import MissingExtra, OfframpError, unknown_name
+from offramp.errors import MissingExtra, OfframpError, StageError, unknown_name
 from offramp.run.rows import RowAxis
 
 if TYPE_CHECKING:
@@ -80,7 +80,9 @@ class _TorchArrays(Engine):
     device: torch.device = torch.device("cpu")
 
     def array(self, value: Tensor | np.ndarray) -> Tensor:
-        tensor = value if isinstance(value, Tensor) else torch.from_numpy(value)
+        if not isinstance(value, Tensor):
+            value = torch.from_numpy(np.ascontiguousarray(value))
+        tensor = value
         return tensor.to(self.device)
 
     def wait(self, value: Tensor) -> None:
@@ -216,7 +218,12 @@ class OnnxRuntime(OnnxEngine):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if _one_arena():
             options.add_session_config_entry("session.use_env_allocators", "1")
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        try:
+            session = onnxruntime.InferenceSession(
+                model, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its errors share no base but this
+            raise _cannot("ONNX Runtime", error) from error
         # Inputs with a default (the thresholds of a file) come last, and need not be given.
         known = (*session.get_inputs(), *session.get_overridable_initializers())
         names = [value.name for value in known]
@@ -225,6 +232,14 @@ class OnnxRuntime(OnnxEngine):
             return list(session.run(None, dict(zip(names, values, strict=False))))
 
         return call
+
+
+def _cannot(what: str, error: Exception) -> StageError:
+    reason = next((line for line in str(error).splitlines() if line.strip()), "")
+    return StageError(
+        f"{what} cannot execute this model: {reason[:300]} Use engine='torch', another dtype, or "
+        "another operator in its place."
+    )
 
 
 @cache
@@ -264,24 +279,29 @@ class OpenVINO(OnnxEngine):
 
     def session(self, model: bytes) -> StepCall:
         """As in :class:`OnnxEngine`."""
+        import onnx
         import openvino
 
         core = openvino.Core()
-        compiled = core.compile_model(
-            core.read_model(model),
-            "CPU",
-            {
-                "INFERENCE_PRECISION_HINT": "f32",  # some CPUs would compute in bfloat16
-                "INFERENCE_NUM_THREADS": self.threads,
-                "PERFORMANCE_HINT": "LATENCY",
-            },
-        )
+        settings = {
+            "INFERENCE_PRECISION_HINT": "f32",  # some CPUs would compute in bfloat16
+            "INFERENCE_NUM_THREADS": self.threads,
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        try:
+            compiled = core.compile_model(core.read_model(model), "CPU", settings)
+        except RuntimeError as error:
+            raise _cannot("OpenVINO", error) from error
+        # It drops inputs that nothing reads.
+        ports = {name for port in compiled.inputs for name in port.get_names()}
+        names = [value.name for value in onnx.load_from_string(model).graph.input]
+        read = [i for i, name in enumerate(names) if name in ports]
         local = threading.local()  # a request serves one thread at a time
 
         def call(values: Sequence[Array]) -> list[Array]:
             if not hasattr(local, "request"):
                 local.request = compiled.create_infer_request()
-            found = local.request.infer(list(values), share_inputs=True)
+            found = local.request.infer([values[i] for i in read], share_inputs=True)
             return [np.array(found[i]) for i in range(len(compiled.outputs))]
 
         return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,21 +11,46 @@ from torch import nn
 
 __all__ = ["evaluating"]
 
+_LOCK = threading.Lock()
+_inside = 0  # how many are within, on all threads: the switch of the fast path is the process's
+_was = True
+
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module, *, fused: bool = False) -> Iterator[None]:
     """The model in eval mode, and as it was afterwards.
 
-    The fused fast path of ``nn.MultiheadAttention`` is off meanwhile: it cannot be exported, and
-    rounds otherwise than the operators that stand for it in a stage.
+    Args:
+        model: any module.
+        fused: leave the fused fast path of ``nn.MultiheadAttention`` as it is. It is off otherwise:
+            it cannot be exported, and rounds otherwise than the operators that stand for it in a
+            stage.
     """
     training = [module for module in model.modules() if module.training]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
+    try:
+        if fused:
+            yield
+        else:
+            with _plain_attention():
+                yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    global _inside, _was
+    with _LOCK:
+        if not _inside:
+            _was = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+        _inside += 1
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module in training:
-            module.training = True
+        with _LOCK:
+            _inside -= 1
+            if not _inside:
+                torch.backends.mha.set_fastpath_enabled(_was)

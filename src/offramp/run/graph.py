@@ -5,7 +5,6 @@ All knowledge of the insides of ``torch.export`` stays here and in ``builder.py`
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from offramp.errors import DataError, StageError
 from offramp.run.builder import StageBuilder, is_tensor, module_of
 from offramp.run.calls import Call
 from offramp.run.evaluating import evaluating
+from offramp.run.footprint import row_bytes, symbols_of
 from offramp.run.rows import RowAxis
 from offramp.run.selection import Selector, countable
 from offramp.run.stages import Stage, StagedModel, oriented
@@ -89,6 +89,13 @@ def export(
             f"every tensor; it has the shapes {[tuple(t.shape) for t in tensors]}. A batch of one "
             "would be taken for a constant. Pass two or more samples."
         )
+    if selector is None and all(bool((tensor == tensor[:1]).all()) for tensor in tensors):
+        raise DataError(
+            "The samples of the example are all alike, so that nothing could be proven on them: "
+            "rows that are mixed up would look the same. Pass real samples, or torch.randn(...)."
+        )
+    # One tensor given twice would be traced as one input.
+    tensors = [tensor.clone() for tensor in tensors]
     batch = Dim("batch", min=1)
     was = {sub: sub.training for sub in module.modules()}
     module.eval()
@@ -266,9 +273,8 @@ class Cutter:
         crossing = {node for read in reads for node in read}
         rows = {node.name: self._row_axis(node) for node in crossing}
         names = tuple(node.name for node in self.inputs)
-        staged = StagedModel(
-            tuple(stages), rows, names, self.call, self._row_bytes(), self._selector(rows)
-        )
+        size = row_bytes(self.program.graph, self.varying)
+        staged = StagedModel(tuple(stages), rows, names, self.call, size, self._selector(rows))
         return oriented(staged)
 
     def _selector(self, rows: dict[str, RowAxis | None]) -> Selector | None:
@@ -297,24 +303,6 @@ class Cutter:
             return ""
         position, dim = self.counted[symbol]
         return f"{self.call.names[position]}.{dim}"
-
-    def _row_bytes(self) -> float:
-        """The most memory that activations take at any point of the graph, for one sample."""
-        last_use: dict[fx.Node, int] = {}
-        nodes = list(self.program.graph.nodes)
-        for i, node in enumerate(nodes):
-            last_use.update(dict.fromkeys(node.all_input_nodes, i))
-        ends: dict[int, float] = {}
-        alive = peak = 0.0
-        for i, node in enumerate(nodes):
-            value = node.meta.get("val")
-            if isinstance(value, Tensor) and node in self.varying and self._batch_dims(node):
-                size = value.element_size() * _numel_per_row(value)
-                alive += size
-                ends[last_use.get(node, i)] = ends.get(last_use.get(node, i), 0.0) + size
-            peak = max(peak, alive)
-            alive -= ends.get(i, 0.0)
-        return peak
 
     def _reads(self, position: int) -> list[fx.Node]:
         """The tensors that a stage takes from inputs and earlier stages, in graph order."""
@@ -374,26 +362,3 @@ class Cutter:
             f"{tuple(str(s) for s in shape)}, in which the batch ({self.batch}) is not one "
             "dimension or a multiple of it, so rows cannot leave there. Place the exit elsewhere."
         )
-
-
-def _numel_per_row(value: Tensor) -> float:
-    sizes = [_hint(size) for size in value.shape]
-    batch = next((_hint(size) / _ratio(size) for size in value.shape if symbols_of(size)), 1.0)
-    return math.prod(sizes) / max(batch, 1.0)
-
-
-def _hint(size: Any) -> float:  # noqa: ANN401
-    """A size for the example; 1 where the example does not tell."""
-    if isinstance(size, int):
-        return float(size)
-    return float(size.node.hint or 1) if size.node.has_hint() else 1.0
-
-
-def _ratio(size: Any) -> float:  # noqa: ANN401
-    """How many times the batch a size is, where it is a plain multiple."""
-    factor = size.node.expr.as_coeff_Mul()[0]
-    return float(factor) if factor.is_Number and factor > 0 else 1.0
-
-
-def symbols_of(size: object) -> set[sympy.Symbol]:
-    return size.node.expr.free_symbols if isinstance(size, torch.SymInt) else set()

@@ -192,6 +192,13 @@ def connect(model: onnx.ModelProto, steps: Sequence[Step], names: Sequence[str])
     Raises:
         StageError: samples are taken out by a ``select`` function.
     """
+    taken = {"thresholds", *_OUTPUTS}.intersection(names)
+    if taken or len(set(names)) < len(names):
+        raise StageError(
+            f"The file's own values are thresholds, {', '.join(_OUTPUTS)}, and the "
+            f"model's inputs are {', '.join(names)}: one name cannot stand for two. Rename the "
+            "argument of the forward."
+        )
     if any(axis.of for step in steps for axis in step.rows.values() if axis is not None):
         raise StageError(
             "This model takes its samples out of a batch by a select function of Python, which "

@@ -26,7 +26,7 @@ from offramp.decide.policy import Policy
 from offramp.errors import PolicyError
 from offramp.run.answers import Answer, Result, result_of
 from offramp.run.calls import Call
-from offramp.run.chain import Link, chain
+from offramp.run.chain import Link, chain, check_state
 from offramp.run.compaction import Compaction
 from offramp.run.engines import Array, Engine, StepCall, engine_of
 from offramp.run.inputs import check_call, check_finite, explain_not_finite, flat_call
@@ -71,6 +71,8 @@ class Runner:
         engine: str | Engine = "torch",
         exits: Literal["active", "all"] = "active",
     ) -> None:
+        if exits == "all":
+            check_state(policy)
         active = policy.active(model.num_exits)
         kept = [k for k, runs in enumerate(active) if runs or exits == "all"]
         staged = cut_for(engine, model, example, kept)
@@ -166,6 +168,7 @@ class Runner:
                 f"This runner executes the criterion {self.policy.criterion.name!r}; the policy "
                 f"has {policy.criterion.name!r} or other settings of it. Make a new Runner."
             )
+        check_state(policy)
         thresholds = (*policy.thresholds_for(self.num_exits), -math.inf)
         kept = {link.exit for link in self._links}
         missing = [k for k, on in enumerate(policy.active(self.num_exits)) if on and k not in kept]
@@ -231,7 +234,7 @@ class Runner:
             outputs = call([values[name] for name in link.inputs])
             values.update(zip(link.outputs, outputs, strict=True))
             score = self.engine.host(values["score"])
-            if score[0] >= link.threshold:
+            if score[0] >= score.dtype.type(link.threshold):
                 break
         logits = self.engine.host(values["logits"])
         if not np.isfinite(logits).all():
@@ -260,7 +263,7 @@ class Runner:
         pieces = []
         for rows in torch.arange(samples_of(given, self._selector)).split(self.max_batch):
             part: list[Any] = take_samples(tensors, rows, self._selector)
-            part = [value.numpy() for value in part] if arrays else part
+            part = [value.detach().cpu().numpy() for value in part] if arrays else part
             pieces.append(self._answer(part, deadline_ms, begin))
         join = np.concatenate if arrays else torch.cat
         return Result(*(join([getattr(p, f.name) for p in pieces]) for f in fields(Result)))

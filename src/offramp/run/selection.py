@@ -52,10 +52,12 @@ class Selector:
             DataError: ``select`` fails, or gives another structure.
         """
         bare = cls(select, call, ())
-        fewer = bare.take(call.tensors, torch.arange(max(1, samples // 2)))
+        half = max(1, samples // 2)
+        # Both halves: one may have none of something (edges, say) and differ in nothing there.
+        parts = [bare.take(call.tensors, rows) for rows in torch.arange(samples).split(half)]
         free = [
-            frozenset(d for d in range(a.ndim) if a.shape[d] != b.shape[d])
-            for a, b in zip(call.tensors, fewer, strict=True)
+            frozenset(d for d in range(a.ndim) if any(a.shape[d] != b.shape[d] for b in others))
+            for a, *others in zip(call.tensors, *parts, strict=True)
         ]
         return cls(select, call, tuple(free))
 
@@ -92,7 +94,9 @@ class Selector:
             sent = list(tensors)
             sent[position] = numbers.expand(value.shape).contiguous()
             came = self.take(sent, rows)[position]
-            found[key] = came.select(1 - min(dim, 1), 0).long() if came.ndim > 1 else came.long()
+            found[key] = (
+                came.movedim(dim, 0).flatten(1)[:, 0].long() if came.ndim > 1 else came.long()
+            )
         return found
 
 

@@ -7,6 +7,7 @@ row's answer does not depend on the others, which the proof checks as it does fo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -64,14 +65,14 @@ def cut_by_hand(model: MultiExitModel, example: object, exits: Sequence[int]) ->
     backbone, call = model.backbone, Call.of(example)
     if not isinstance(backbone, nn.Sequential) or len(call.leaves) != 1:
         return None
-    names = [name for name, _ in backbone.named_children()]
+    names = list(backbone._modules)  # named_children leaves out what comes twice
     places = [model.places[k] for k in exits]
     if any(place not in names for place in places) or any(model._asked[k] for k in exits):
         return None
-    parts, stages, begin, reads = list(backbone), [], 0, "input"
+    parts, stages, begin, reads = [_own(part) for part in backbone], [], 0, "input"
     for k, place in zip(exits, places, strict=True):
         end = names.index(place) + 1
-        piece = _Piece(parts[begin:end], model.heads[k])
+        piece = _Piece(parts[begin:end], _own(model.heads[k]))
         stages.append(Stage(k, piece, (reads,), (f"after_{place}",)))
         begin, reads = end, f"after_{place}"
     last = Stage(model.num_exits - 1, _Last(parts[begin:], model), (reads,), ())
@@ -80,6 +81,12 @@ def cut_by_hand(model: MultiExitModel, example: object, exits: Sequence[int]) ->
     )
     size = _row_bytes(parts, call.tensors[0])
     return StagedModel((*stages, last), rows, ("input",), call, size)
+
+
+def _own(module: nn.Module) -> nn.Module:
+    """The module for inference, sharing parameters and buffers: its flags are not the user's."""
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared).eval()
 
 
 def _row_bytes(parts: Sequence[nn.Module], x: Tensor) -> float:

@@ -90,14 +90,16 @@ class StagedModel:
 def oriented(staged: StagedModel) -> StagedModel:
     """Find out, by trying, in which order samples lie where they are folded with something else.
 
-    The example is run as it is and with its first two samples exchanged; the order is the one in
-    which exchanging the samples of the first gives the second.
+    The example is run as it is and with two samples exchanged; the order is the one in which
+    exchanging the samples of the first gives the second.
     """
     if all(axis is None or axis.multiple == 1 for axis in staged.rows.values()):
         return staged
     tensors = staged.call.tensors
     swap = torch.arange(staged.samples, device=tensors[0].device)
-    swap[:2] = swap[:2].flip(0)
+    differs = [bool(any((v[k] != v[0]).any() for v in tensors)) for k in range(staged.samples)]
+    other = differs.index(True) if staged.selector is None else 1
+    swap[[0, other]] = swap[[other, 0]]
     plain = _values(staged, tensors)
     swapped = _values(staged, staged.take(tensors, swap))
     rows = dict(staged.rows)

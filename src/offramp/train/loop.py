@@ -27,21 +27,27 @@ from offramp.train.checkpoint import (
     write_checkpoint,
 )
 from offramp.train.data import Census, EpochLoader, distinct, preserved_randomness
-from offramp.train.freezing import Trained, trained_parts
+from offramp.train.freezing import trained_parts
 from offramp.train.history import EpochRow, History
 from offramp.train.meter import Meter
-from offramp.train.optimizers import DEFAULT_LR, OptimizerFactory, Schedule, adamw, schedule_of
+from offramp.train.optimizers import (
+    DEFAULT_LR,
+    WEIGHER,
+    OptimizerFactory,
+    Schedule,
+    adamw,
+    named_parameters,
+    optimizer_of,
+    schedule_of,
+)
 from offramp.train.phases import Phase
 from offramp.train.progress import ProgressLine
 from offramp.train.schemes import Scheme, as_plan
-from offramp.train.weights import LearnedWeights
 
 if TYPE_CHECKING:
     from offramp.train.phase_module import PhaseModule
 
 __all__ = ["Session", "Settings", "fit"]
-
-_WEIGHER = "weigher"  # prefix of learned weights among the tensors of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -88,9 +94,8 @@ class Session:
         while self.position.phase < len(plan):
             index = self.position.phase
             phase = plan[index]
-            trained = trained_parts(self.model, phase)
-            with trained.only():
-                module = PhaseModule(self, phase, trained, *self._made(phase, trained))
+            with trained_parts(self.model, phase).only():
+                module = PhaseModule(self, phase)
                 self.loader.epoch = self.position.epochs_done
                 self.loader.skip = self.position.step
                 if self.loader.skip:  # a shorter epoch takes a Trainer of its own
@@ -138,31 +143,19 @@ class Session:
             torch.cuda.set_rng_state(state, int(index))
         self.pending = None
 
-    def _made(self, phase: Phase, trained: Trained) -> tuple[LearnedWeights | None, Optimizer]:
-        """What a phase has of its own, new or as it was when training was interrupted."""
-        learned = phase.weights == "learned"
-        weigher = LearnedWeights(self.model.num_exits) if learned else None
-        parameters = dict(trained.parameters)
-        if weigher is not None:
-            parameters |= {f"{_WEIGHER}/{name}": p for name, p in weigher.named_parameters()}
-        optimizer = self.settings.optimizer(list(parameters.values()))
-        names = {id(parameter): name for name, parameter in parameters.items()}
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"] * phase.lr_scale
-            if any(id(parameter) not in names for parameter in group["params"]):
-                raise DataError(
-                    f"The optimizer holds parameters that phase {phase.name!r} does not train. "
-                    "Give a function that takes the list of parameters and returns an optimiser "
-                    "of these alone: optimizer=lambda params: torch.optim.SGD(params, lr=0.1)."
-                )
+    def optimizer_for(self, module: PhaseModule) -> Optimizer:
+        """The optimiser of a phase; it and learned weights as they were when interrupted."""
+        phase, weigher = module.phase, module.weigher
+        make = self.settings.optimizer
+        optimizer, names = optimizer_of(make, phase, module.trained, weigher)
         if self.pending is not None and self.pending.optimizer:
             tensors = self.pending.part("optimizer")
             load_optimizer_state(optimizer, names, tensors, self.pending.optimizer)
             if weigher is not None:
-                weigher.load_state_dict(self.pending.part(_WEIGHER))
+                weigher.load_state_dict(self.pending.part(WEIGHER))
         if not self.position.step:  # all is put back; a later phase must not see it again
             self.pending = None
-        return weigher, optimizer
+        return optimizer
 
     def _save(self, module: PhaseModule) -> None:
         if self.settings.folder is None:
@@ -172,11 +165,10 @@ class Session:
         tensors["fingerprints"] = self.model.training_fingerprints
         optimizer: dict[str, Any] = {}
         if self.position.epoch or self.position.step:
-            names = {id(p): name for name, p in module.trained.parameters.items()}
+            parameters = named_parameters(module.trained, module.weigher)
+            names = {id(parameter): name for name, parameter in parameters.items()}
             if module.weigher is not None:
-                for name, parameter in module.weigher.named_parameters():
-                    names[id(parameter)] = f"{_WEIGHER}/{name}"
-                    tensors[f"{_WEIGHER}/{name}"] = parameter
+                tensors |= {k: p for k, p in parameters.items() if k.startswith(f"{WEIGHER}/")}
             state, optimizer = optimizer_state(module.optimizer, names)
             tensors |= {f"optimizer/{name}": value for name, value in state.items()}
         if self.position.step:

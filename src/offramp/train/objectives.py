@@ -2,9 +2,12 @@
 
 Everywhere ``outputs`` is what a multi-exit model returns, or any sequence of ``E`` logits tensors
 of shape ``(B, C)``, the last being the backbone's own; ``labels`` is ``(B,)`` int64 with values in
-``[0, C)``. In a plain loop the first function is all it takes::
+``[0, C)``. In a plain loop one function is all it takes, or an :class:`ExitLoss` of any objective::
 
     loss = cross_entropy(model(x), y, weights=[0.3, 0.6, 1.0])
+
+    objective = ExitLoss(Distill(temperature=4.0), weights=[0.3, 0.6, 1.0])
+    loss = objective(model(x), y)
 
 Schemes use *objectives*: callables ``(outputs, labels, exits) -> (K, B)`` that give one term per
 supervised exit and sample. The loop takes the mean over samples and the weighted sum over exits.
@@ -28,6 +31,7 @@ __all__ = [
     "Boosting",
     "CrossEntropy",
     "Distill",
+    "ExitLoss",
     "Matched",
     "Objective",
     "boosted",
@@ -113,16 +117,7 @@ def cross_entropy(
     Raises:
         DataError: the number of weights is not the number of exits.
     """
-    losses = exit_losses(outputs, labels)
-    if weights is None:
-        return losses.sum()
-    factors = torch.as_tensor(weights, dtype=losses.dtype, device=losses.device)
-    if factors.shape != losses.shape:
-        raise DataError(
-            f"Weights of shape {tuple(factors.shape)} do not fit {len(losses)} exits. "
-            f"Give one weight per exit, the last being the backbone's own."
-        )
-    return (factors * losses).sum()
+    return _weighted(exit_losses(outputs, labels), weights)
 
 
 def exit_accuracy(outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
@@ -326,6 +321,49 @@ class Matched:
         relative = shares / shares.mean(1, keepdim=True).clamp_min(1e-12)
         terms = self.objective(outputs, labels, chosen)
         return terms * (self.floor + (1 - self.floor) * relative)
+
+
+@dataclass(frozen=True)
+class ExitLoss:
+    """An objective as one number, for a loop of one's own: ``sum_k w_k * mean_b term_kb``.
+
+    It is what :func:`offramp.fit` minimises where the weights do not change and are not learned.
+
+    Attributes:
+        objective: gives the terms.
+        weights: ``E`` weights; all one when ``None``. Those of a name come from
+            :func:`offramp.train.exit_weights`.
+    """
+
+    objective: Objective = field(default_factory=CrossEntropy)
+    weights: Sequence[float] | None = None
+
+    def __call__(self, outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """The loss.
+
+        Args:
+            outputs: ``E`` tensors ``(B, C)``.
+            labels: ``(B,)`` int64.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            DataError: the number of weights is not the number of exits.
+        """
+        return _weighted(self.objective(outputs, labels).mean(1), self.weights)
+
+
+def _weighted(losses: Tensor, weights: Sequence[float] | Tensor | None) -> Tensor:
+    if weights is None:
+        return losses.sum()
+    factors = torch.as_tensor(weights, dtype=losses.dtype, device=losses.device)
+    if factors.shape != losses.shape:
+        raise DataError(
+            f"Weights of shape {tuple(factors.shape)} do not fit {len(losses)} exits. "
+            f"Give one weight per exit, the last being the backbone's own."
+        )
+    return (factors * losses).sum()
 
 
 def _chosen(outputs: Sequence[Tensor], exits: Sequence[int] | None) -> list[int]:

@@ -10,13 +10,29 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from offramp.errors import DataError, unknown_name
+from offramp.train.freezing import Trained
+from offramp.train.phases import Phase
+from offramp.train.weights import LearnedWeights
 
-__all__ = ["OptimizerFactory", "Schedule", "adamw", "constant", "cosine", "schedule_of"]
+__all__ = [
+    "DEFAULT_LR",
+    "WEIGHER",
+    "OptimizerFactory",
+    "Schedule",
+    "adamw",
+    "constant",
+    "cosine",
+    "named_parameters",
+    "optimizer_of",
+    "schedule_of",
+]
 
 OptimizerFactory = Callable[[list[Parameter]], Optimizer]
 Schedule = Callable[[float], float]
 
 DEFAULT_LR = 1e-3
+
+WEIGHER = "weigher"  # prefix of the names of learned weights
 
 _WEIGHT_DECAY = 0.05
 _WARMUP = 0.05
@@ -71,3 +87,31 @@ def schedule_of(schedule: str | Schedule) -> Schedule:
     if schedule not in _SCHEDULES:
         raise DataError(unknown_name("schedule", schedule, sorted(_SCHEDULES)))
     return _SCHEDULES[schedule]
+
+
+def named_parameters(trained: Trained, weigher: LearnedWeights | None) -> dict[str, Parameter]:
+    """What one phase trains: of the model, and learned weights below :data:`WEIGHER`."""
+    learned = dict(weigher.named_parameters()) if weigher is not None else {}
+    return trained.parameters | {f"{WEIGHER}/{name}": p for name, p in learned.items()}
+
+
+def optimizer_of(
+    make: OptimizerFactory, phase: Phase, trained: Trained, weigher: LearnedWeights | None
+) -> tuple[Optimizer, dict[int, str]]:
+    """The optimiser of one phase at the phase's learning rate, and names by ``id(parameter)``.
+
+    Raises:
+        DataError: the optimiser holds parameters that the phase does not train.
+    """
+    parameters = named_parameters(trained, weigher)
+    optimizer = make(list(parameters.values()))
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] = group["lr"] * phase.lr_scale
+        if any(id(parameter) not in names for parameter in group["params"]):
+            raise DataError(
+                f"The optimizer holds parameters that phase {phase.name!r} does not train. "
+                "Give a function that takes the list of parameters and returns an optimiser "
+                "of these alone: optimizer=lambda params: torch.optim.SGD(params, lr=0.1)."
+            )
+    return optimizer, names

@@ -1,15 +1,16 @@
-"""One phase of a plan as a LightningModule. The only file that imports Lightning."""
+"""One phase of fit(): reproducible, with a checkpoint after every epoch."""
 
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
@@ -18,65 +19,41 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from offramp.build.batch import Batch
-from offramp.errors import DataError, TrainingError
+from offramp.errors import DataError
 from offramp.train.data import derive_seed
-from offramp.train.freezing import Trained
+from offramp.train.exit_module import ExitModule, Standing
 from offramp.train.history import EpochRow
-from offramp.train.meter import Meter
-from offramp.train.objectives import exit_losses
 from offramp.train.phases import Phase
-from offramp.train.weights import LearnedWeights, exit_weights
 
 if TYPE_CHECKING:
     from offramp.train.loop import Session
 
 __all__ = ["PhaseModule", "run_epochs"]
 
-# Steps between two looks at the losses where looking means waiting for the device.
-_LOOK_EVERY = 25
 
-
-class PhaseModule(pl.LightningModule):
-    """Steps and epochs of one phase.
+class PhaseModule(ExitModule):
+    """Steps and epochs of one phase of a session, which freezes and thaws and keeps the position.
 
     Args:
         session: the training that this phase is part of.
         phase: what to do.
-        trained: what is trained.
-        weigher: learned weights, if the phase has them.
-        optimizer: holds what is trained, and nothing else.
     """
 
-    def __init__(
-        self,
-        session: Session,
-        phase: Phase,
-        trained: Trained,
-        weigher: LearnedWeights | None,
-        optimizer: Optimizer,
-    ) -> None:
-        super().__init__()
-        self.model = session.model
-        self.weigher = weigher
+    def __init__(self, session: Session, phase: Phase) -> None:
+        super().__init__(session.model, phase)
         self.session = session
-        self.phase = phase
-        self.trained = trained
-        self.optimizer = optimizer
-        self.meter = Meter(session.model.num_exits)
-        self.val_meter = Meter(session.model.num_exits)
-        self._weights: tuple[float, ...] = ()
-        self._factors: dict[tuple[int, ...], Tensor] = {}
+        self.optimizer: Optimizer = session.optimizer_for(self)
         self._started = 0.0
+
+    def setup(self, stage: str) -> None:
+        """The session has frozen what the phase does not train."""
+
+    def teardown(self, stage: str) -> None:
+        """The session will thaw it."""
 
     def configure_optimizers(self) -> Optimizer:
         """The optimiser is made once for the phase, as its state outlives a Trainer."""
         return self.optimizer
-
-    def transfer_batch_to_device(
-        self, batch: Batch, device: torch.device, dataloader_idx: int
-    ) -> Batch:
-        """Move a batch, and do nothing at all where it is already."""
-        return batch if device.type == "cpu" else batch.to(device)
 
     def on_train_start(self) -> None:
         """Fused optimisers count their steps on the device; Lightning leaves the count behind."""
@@ -91,68 +68,22 @@ class PhaseModule(pl.LightningModule):
         """Randomness, modes, weights and sums of a new epoch, or those of an interrupted one."""
         session, position = self.session, self.session.position
         self._started = time.perf_counter()
-        self.trained.set_modes()
-        seed = derive_seed(session.settings.seed, "model", position.epochs_done)
-        torch.manual_seed(seed)
-        self.meter.reset()
-        self.val_meter.reset()
-        self._weights = exit_weights(
-            self.phase.weights,
-            session.model.num_exits,
-            stage_costs=session.model.costs.stages,
-            epoch=position.epoch,
-            epochs=self.phase.epochs,
-        )
-        self._factors.clear()
+        torch.manual_seed(derive_seed(session.settings.seed, "model", position.epochs_done))
+        self.start_epoch(position.epoch, self.phase.epochs)
         if position.step:
             session.restore_epoch(self.meter)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """The learning rate of this step follows from the position alone."""
-        position, length = self.session.position, self.session.loader.length
-        within = position.step / length if length else 0.0
-        factor = self.session.settings.schedule((position.epoch + within) / self.phase.epochs)
+        """The learning rate of this step follows from the position alone.
+
+        Batches whose gradients are summed up count as one, so that they equal a large batch.
+        """
+        epoch, step, length = self.standing(batch_idx)
+        joined = self.session.settings.accumulate
+        within = (step // joined) / math.ceil(length / joined) if length else 0.0
+        factor = self.session.settings.schedule((epoch + within) / self.phase.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of one batch."""
-        position = self.session.position
-        length = self.session.loader.length or 0
-        exits = self.phase.supervised(position.epoch * length + position.step)
-        labels = _labels(batch)
-        try:
-            outputs = self.model(*batch.args, **batch.kwargs)
-        except ValueError as error:
-            _explain_lone_sample(error, batch, self.phase.name, position.step)
-        if len(outputs[0]) != len(labels):
-            raise DataError(
-                f"Batch {position.step} of the training loader has {len(labels)} labels, but the "
-                f"model gives {len(outputs[0])} rows of logits. Expected one label for each row."
-            )
-        terms = self.phase.objective(outputs, labels, exits)
-        if terms.shape != (len(exits), len(labels)):
-            raise DataError(
-                f"The objective of phase {self.phase.name!r} returned shape {tuple(terms.shape)}. "
-                f"Expected ({len(exits)}, {len(labels)}): a term per supervised exit and sample."
-            )
-        losses = terms.mean(1)
-        self.meter.update(exits, losses, outputs, labels)
-        if losses.device.type == "cpu" or position.step % _LOOK_EVERY == 0:
-            self._refuse_broken()
-        weights = self._factor(exits, losses)
-        if self.weigher is None:
-            return torch.dot(weights, losses)
-        total: Tensor = self.weigher(losses, weights, exits)
-        return total
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Gradient equilibrium."""
-        scales = self.trained.gradient_scales
-        for name, scale in scales.items():
-            gradient = self.trained.parameters[name].grad
-            if gradient is not None:
-                gradient.mul_(scale)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ANN401
         """Count the step, and keep it if it is time."""
@@ -162,18 +93,11 @@ class PhaseModule(pl.LightningModule):
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         session.line.step(self.phase.name, session.position.epochs_done, share, loss)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss and accuracy of every exit."""
-        labels = _labels(batch)
-        outputs = self.model(*batch.args, **batch.kwargs)
-        losses = exit_losses(outputs, labels)
-        self.val_meter.update(range(self.model.num_exits), losses, outputs, labels)
-
     def on_train_epoch_end(self) -> None:
         """Close the epoch: its row, its checkpoint."""
         if self.meter.samples == 0:
             raise DataError("The training loader yields no batch.")
-        self._refuse_broken()
+        self.refuse_broken_loss()
         judged = self.val_meter.samples > 0
         row = EpochRow(
             phase=self.phase.name,
@@ -187,31 +111,15 @@ class PhaseModule(pl.LightningModule):
         )
         self.session.epoch_done(self, row)
 
-    def _factor(self, exits: tuple[int, ...], losses: Tensor) -> Tensor:
-        if exits not in self._factors:
-            chosen = [self._weights[k] for k in exits]
-            self._factors[exits] = torch.tensor(chosen, dtype=losses.dtype, device=losses.device)
-        return self._factors[exits]
+    def standing(self, batch_idx: int) -> Standing:
+        """Where the session stands: an epoch that was interrupted goes on in its midst."""
+        position = self.session.position
+        return Standing(position.epoch, position.step, self.session.loader.length or 0)
 
-    def _refuse_broken(self) -> None:
-        broken = self.meter.broken
-        if not broken:
-            return
-        session = self.session
-        names = [*session.model.places, "the backbone's own"]
-        exits = ", ".join(f"{k} ({names[k]})" for k in broken)
-        kept = session.last_checkpoint
-        when = "step" if self.device.type == "cpu" else "at or shortly before step"
-        goes_on = (
-            f"The last good checkpoint is {str(kept)!r}."
-            if kept
-            else "There is no checkpoint to go back to."
-        )
-        raise TrainingError(
-            f"The loss of exit {exits} is not a number any more in phase {self.phase.name!r}, "
-            f"epoch {session.position.epoch + 1}, {when} {session.position.step}. {goes_on} Are "
-            "all inputs finite? If so, lower the learning rate, or clip gradients with clip=1.0."
-        )
+    def last_good_checkpoint(self) -> str | None:
+        """The session's."""
+        kept = self.session.last_checkpoint
+        return str(kept) if kept else None
 
 
 def run_epochs(module: PhaseModule, epochs: int) -> None:
@@ -273,19 +181,3 @@ def _interruptible() -> Iterator[None]:
     finally:
         if main:
             signal.signal(signal.SIGINT, handler)
-
-
-def _labels(batch: Batch) -> Tensor:
-    if batch.labels is None:  # the loader has checked; this is for readers and type checkers
-        raise DataError("A batch has no labels.")
-    return batch.labels
-
-
-def _explain_lone_sample(error: ValueError, batch: Batch, phase: str, step: int) -> NoReturn:
-    if batch.size == 1 and "more than 1 value per channel" in str(error):
-        raise DataError(
-            f"Batch {step} of the training loader (phase {phase!r}) holds one sample, and batch "
-            "normalisation needs at least two to train. It is the rest that the batch size leaves "
-            "over: pass drop_last=True to the DataLoader, or choose another batch size."
-        ) from error
-    raise error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -80,9 +81,13 @@ def hoeffding_bentkus(mean: Tensor, samples: int, bound: float, low: float, high
     left = torch.minimum(seen, torch.tensor(goal, dtype=torch.float64))
     divergence = torch.xlogy(left, left / goal) + torch.xlogy(1 - left, (1 - left) / (1 - goal))
     hoeffding = (-samples * divergence).exp()
-    counts = torch.arange(samples + 1)
-    tails = log_binomial(samples, goal, counts).logcumsumexp(0)
     # A mean that is a whole number of losses must not be rounded up by its last bit.
     index = (seen * samples - 1e-9).ceil().clamp(0, samples).long()
-    bentkus = (1 + tails[index]).exp()
+    bentkus = (1 + _tails(samples, goal)[index]).exp()
     return torch.minimum(hoeffding, bentkus).clamp(max=1)
+
+
+@lru_cache(maxsize=8)
+def _tails(samples: int, rate: float) -> Tensor:
+    """Ln P(Binomial(samples, rate) <= k) for k from 0, (samples + 1,) float64."""
+    return log_binomial(samples, rate, torch.arange(samples + 1)).logcumsumexp(0)

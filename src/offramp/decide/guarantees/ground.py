@@ -44,8 +44,8 @@ class Ground:
             )
         if path is not None and path.fingerprint == trace.fingerprint:
             raise TraceError(
-                "The trace for the path holds the very samples that the promise is tested on, which "
-                "would void it: give other samples, or none, and a part of these is set aside."
+                "The trace for the path holds the very samples that the promise is tested on, "
+                "which would void it: give other samples, or none, and some of these are set aside."
             )
         self.trace, self.rule, self.other, self.seed = trace, rule, path, seed
         self._losses: dict[str, tuple[Scored, Tensor]] = {}

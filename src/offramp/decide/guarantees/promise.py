@@ -80,7 +80,7 @@ class Kept:
             the promise only holds if nobody leaves early.
         tests: the bound that was used.
         needed: where there are too few samples to pass even without any loss: how many would do.
-        possible: whether the promise holds at all, if only where nobody leaves early.
+        possible: whether anything passed, if only that nobody leaves early.
     """
 
     thresholds: Tensor
@@ -118,21 +118,23 @@ def promised(trace: Trace, rule: Criterion, promise: Promise, ground: Ground | N
     error = 1 - promise.confidence
     learns = scored.num_exits > 2
     portion = error * (LEARNED if promise.path is None else 0.5) if learns else 0.0
+    off = _all(scored, math.inf)
+    found = {}
     count, possible = walk(ground.sweep, test, values, ground.groups, error - portion)
-    found = {"shared": _all(scored, ground.sweep.threshold(count))} if possible else {}
+    if possible:
+        # All settings up to the last that passed are promised together, so the cheaper end may be
+        # taken: heads can cost more than a few early leavers save.
+        found = {"none": off, "shared": _all(scored, ground.sweep.threshold(count))}
     path = _path(ground, promise) if learns else []
     if path:
         testing = down_the_path if promise.testing == "fixed-sequence" else best_of_all
         other = testing(path, scored, test, values, ground.testing, portion)
         found |= {} if other is None else {"learned": other}
+    way = min(found, key=lambda name: scored.cost(found[name]), default="none")
+    thresholds = found.get(way, off)
+    way = "none" if torch.equal(thresholds, off) else way
     needed = test.needed(ground.smallest, error - portion)
-    if not found:
-        off = torch.full((scored.num_exits - 1,), torch.inf)
-        return Kept(off, scored, values, "none", test.kind, needed, possible=False)
-    way = min(found, key=lambda name: scored.cost(found[name]))
-    thresholds = found[way]
-    way = "none" if bool((thresholds == torch.inf).all()) else way
-    return Kept(thresholds, scored, values, way, test.kind, needed, possible)
+    return Kept(thresholds, scored, values, way, test.kind, needed, bool(found))
 
 
 def _on_average(ground: Ground, promise: Promise, scored: Scored, values: Tensor) -> Kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from offramp.errors import PolicyError, unknown_name
 
 __all__ = ["BOUNDS", "Test"]
 
+MOST = 1 << 24  # samples: beyond, nobody is told how many would do
 BOUNDS = ("auto", "betting", "clopper-pearson", "hoeffding-bentkus", "score")
 
 
@@ -43,13 +45,14 @@ class Test:
     def __init__(self, risk: Risk, bound: float, kind: str = "auto") -> None:
         if kind not in BOUNDS:
             raise PolicyError(unknown_name("bound", kind, BOUNDS))
-        if not 0 <= bound < risk.high:
-            raise PolicyError(
-                f"The bound on the {risk.name} must lie in [0, {risk.high:g}), got {bound}."
-            )
         if kind == "auto":
             exact = "clopper-pearson" if risk.low == 0 else "score"
             kind = exact if risk.whole else "betting"
+        least = 0.0 if kind == "score" else risk.low
+        if not least <= bound < risk.high:
+            raise PolicyError(
+                f"The bound on the {risk.name} must lie in [{least:g}, {risk.high:g}), got {bound}."
+            )
         if kind == "clopper-pearson" and not (risk.whole and risk.low == 0):
             raise PolicyError(
                 f"Clopper-Pearson is for losses of 0 or 1; the {risk.name} lies between "
@@ -92,34 +95,39 @@ class Test:
         p = hoeffding_bentkus(mean, samples, self.bound, self.risk.low, self.risk.high)
         return p <= error
 
-    def needed(self, samples: int, error: float, most: int = 1 << 24) -> int | None:
+    def needed(self, samples: int, error: float) -> int | None:
         """The least number of samples with which a loss that is always 0 would pass.
 
         Args:
             samples: how many there are.
             error: the probability with which the claim may be wrong.
-            most: beyond it, none is looked for.
 
         Returns:
-            The number, or ``None`` where ``samples`` do or where none up to ``most`` does.
+            The number, or ``None`` where ``samples`` do, or where none that one could record does,
+            as for a bound of 0 or less.
         """
-        if self._silent(samples, error):
+        if self.bound <= 0 or self._silent(samples, error):
             return None
-        if self.kind == "clopper-pearson":
-            return enough(self.bound, error) if self.bound > 0 else None
-        low, high = 0, 1
-        while not self._silent(high, error):
-            low, high = high, 2 * high
-            if high > most:
-                return None
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self._silent(middle, error) else (middle, high)
-        return high
+        return _least(self.risk, self.bound, self.kind, error)
 
     def _silent(self, samples: int, error: float) -> bool:
         """Whether so many samples without any loss pass."""
-        if self.kind == "score" and (self.bound == 0 or samples < enough(self.bound, error)):
+        if self.kind == "score" and samples < enough(self.bound, error):
             return False  # without having to make the test
         sums = self.features(torch.zeros(1)) * samples
         return bool(self.passes(sums, samples, error)[0])
+
+
+@lru_cache(maxsize=256)
+def _least(risk: Risk, bound: float, kind: str, error: float) -> int | None:
+    """How many samples without any loss pass, by doubling and halving."""
+    test = Test(risk, bound, kind)
+    low, high = 0, 1
+    while not test._silent(high, error):
+        low, high = high, 2 * high
+        if high > MOST:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if test._silent(middle, error) else (middle, high)
+    return high

@@ -11,6 +11,8 @@ What keeps it honest on few samples:
 * it starts from lines that fit no label, and stays with MSDNet's geometric shares as far as the
   gain over them could be chance;
 * gains are smoothed (:mod:`offramp.decide.gains`);
+* a network cut short (:mod:`offramp.decide.methods.cuts`) takes its place only where it is better
+  by more than half a standard error;
 * it runs on several random parts of the samples, and their mean in log-odds is the answer (bagging:
   Breiman, 1996), because the mean of several good settings moves less with the sample than any.
 """
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offramp.decide.methods.cuts import Cuts
 from offramp.decide.methods.families import geometric, quantile, shared
 from offramp.decide.methods.landscape import Array, Landscape, Used, odds, shares
 from offramp.decide.methods.lattice import Lattice, is_lattice
@@ -42,6 +45,7 @@ WORTH = 2e-4  # the gain for which a head is switched off or on
 ROWS = 20_000  # beyond it, sampling noise is far below what any test set could show
 COARSE = 6_000  # of them that the first, long steps are taken on
 CLIMBS = 3  # starts that are improved
+SURE = 0.5  # standard errors by which a shorter network has to be better
 LINES = (geometric, shared, quantile)  # the first is what is held to in doubt
 
 
@@ -73,6 +77,7 @@ class Search:
         self.coarse = self.land.rows(np.arange(min(len(rows), COARSE)))
         self.first = self.few.subset(torch.arange(min(len(rows), COARSE)))
         self.families = [line(self.first, worth[:, : self.coarse.size]) for line in LINES]
+        self.cuts = Cuts(self.first, self.ranks)
         size = max(1, min(round(PART * len(rows)), COARSE))
         self.parts = [self.land.rows(generator.permutation(len(rows))[:size]) for _ in range(PARTS)]
 
@@ -100,7 +105,21 @@ class Search:
             found.append(self._climb(part, seen, budget, STEPS[1:]).log_odds)
         way = self._way(start, best)
         mean = (1 - way) * start.log_odds + way * np.mean(found, axis=0)
-        return self._exact(mean, best.on, budget)
+        chosen = self._or_cut(self._settle(self.land, mean, best.on, budget), budget)
+        return self._exact(chosen.log_odds, chosen.on, budget)
+
+    def _or_cut(self, found: _Setting, budget: float) -> _Setting:
+        """What was found, or a network cut short that is better by more than little chance."""
+        before = self.land.each(found.log_odds, found.on)
+        best, most = found, 0.0
+        for log_odds, on in self.cuts.at(budget):
+            other = self._settle(self.land, log_odds, on, budget)
+            if other.gain <= found.gain + most:
+                continue
+            gained = self.land.each(other.log_odds, on) - before
+            if other.gain - found.gain > SURE * float(gained.std()) / len(gained) ** 0.5:
+                best, most = other, other.gain - found.gain
+        return best
 
     def _starts(self, budget: float) -> tuple[_Setting, list[_Setting]]:
         """The geometric line, and all lines that fit no label and means of two, best first."""

@@ -1,0 +1,1 @@
+"""What the benchmark of deciding is made of, one question a file."""

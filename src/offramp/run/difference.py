@@ -1,0 +1,71 @@
+"""How far results are apart; and in which module they part, run only to explain a failure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from offramp.run.calls import Call
+
+if TYPE_CHECKING:
+    from offramp.build.model import MultiExitModel
+    from offramp.run.stages import StagedModel
+
+__all__ = ["distance", "first_difference", "first_mixing"]
+
+
+def distance(got: Any, wanted: Any) -> float:  # noqa: ANN401
+    """Largest difference, relative to the largest absolute value of ``wanted`` (at least 1)."""
+    got, wanted = (torch.as_tensor(x).detach().double().cpu() for x in (got, wanted))
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1.0))
+
+
+def first_difference(model: MultiExitModel, staged: StagedModel) -> str:
+    """Run the model twice: the first module that disagrees with itself; else unknown."""
+    once = _module_outputs(model, staged.call, staged.call.tensors)
+    again = _module_outputs(model, staged.call, staged.call.tensors)
+    for (path, first), (_, second) in zip(once, again, strict=False):
+        if not torch.equal(first, second):
+            return f"; the first module that differs is {path!r}"
+    return ""
+
+
+def first_mixing(model: MultiExitModel, staged: StagedModel, row: int, tolerance: float) -> str:
+    """The first module whose output for a row differs between a batch and the row alone."""
+    call = staged.call
+    together = _module_outputs(model, call, call.tensors)
+    alone = _module_outputs(model, call, staged.take(call.tensors, torch.tensor([row])))
+    for (path, batch), (_, single) in zip(together, alone, strict=False):
+        if not len(single) or len(batch) != len(single) * staged.samples:
+            continue
+        share = len(single)
+        if not distance(batch[row * share : (row + 1) * share], single) <= tolerance:
+            return f"; the first module that differs is {path!r}"
+    return ""
+
+
+def _module_outputs(
+    model: MultiExitModel, call: Call, tensors: list[Tensor]
+) -> list[tuple[str, Tensor]]:
+    found: list[tuple[str, Tensor]] = []
+    handles = []
+    for path, module in model.backbone.named_modules():
+        if next(module.children(), None) is None:
+            handles.append(
+                module.register_forward_hook(
+                    lambda _m, _i, out, path=path: (
+                        found.append((path, out.detach().clone()))
+                        if isinstance(out, Tensor)
+                        else None
+                    )
+                )
+            )
+    try:
+        args, kwargs = call.build(tensors)
+        model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,99 @@
+"""A multi-exit model as Hugging Face's Trainer wants it. Imports no transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from offramp.build.model import MultiExitModel
+from offramp.build.outputs import ExitOutputs
+from offramp.errors import DataError
+
+__all__ = ["HuggingFaceModule", "exit_accuracies"]
+
+ScalarLoss = Callable[[ExitOutputs, Tensor], Tensor]
+
+
+class HuggingFaceModule(nn.Module):
+    """A multi-exit model for ``transformers.Trainer``: ``module(**batch)`` is a dictionary.
+
+    ::
+
+        trainer = transformers.Trainer(
+            HuggingFaceModule(model),
+            transformers.TrainingArguments(remove_unused_columns=False),
+            train_dataset=data,
+            compute_metrics=exit_accuracies,
+        )
+
+    The ``Trainer`` takes the first element of what is no dictionary for the loss, and the outputs
+    of a multi-exit model begin with the logits of exit 0; hence this module. It also says that the
+    loss is a mean over the batch, without which accumulated gradients would be too large.
+    ``remove_unused_columns=False`` is needed, as the inputs are the backbone's and cannot be read
+    from this module's signature. The model is trained in place; nothing is frozen but what has
+    ``requires_grad=False``.
+
+    Args:
+        model: from :func:`offramp.attach`.
+        loss: function from the outputs and ``(B,)`` labels to a scalar, such as
+            :class:`offramp.train.ExitLoss`; the mean of the exits' cross entropies if not given.
+
+    Raises:
+        DataError: ``model`` is no multi-exit model.
+
+    Attributes:
+        model: as it was given.
+        accepts_loss_kwargs: for the ``Trainer``: the loss is not divided by a number of items.
+    """
+
+    accepts_loss_kwargs = False
+
+    def __init__(self, model: MultiExitModel, loss: ScalarLoss | None = None) -> None:
+        super().__init__()
+        if not isinstance(model, MultiExitModel):
+            raise DataError(
+                f"HuggingFaceModule takes a MultiExitModel, but got a {type(model).__name__}. "
+                "Give it exits first: model = offramp.attach(backbone, example)."
+            )
+        self.model = model
+        self.loss = loss
+
+    def forward(self, labels: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401
+        """Loss and logits.
+
+        Args:
+            labels: ``(B,)`` class indices.
+            **inputs: of the backbone, by keyword.
+
+        Returns:
+            ``logits`` ``(B, E, C)`` of all exits, the batch first as the ``Trainer`` joins batches;
+            ``loss``, a scalar, before it where labels were given.
+        """
+        if labels is None or self.loss is not None:
+            outputs = self.model(**inputs)
+        else:
+            outputs = self.model(**inputs, labels=labels)
+        made = {"logits": torch.stack(list(outputs), 1)}
+        if labels is None:
+            return made
+        loss = outputs.loss if self.loss is None else self.loss(outputs, labels)
+        return {"loss": loss, **made}
+
+
+def exit_accuracies(predictions: tuple[NDArray[Any], NDArray[Any]]) -> dict[str, float]:
+    """Accuracy of every exit, as ``compute_metrics`` of ``transformers.Trainer``.
+
+    Args:
+        predictions: ``(N, E, C)`` logits and ``(N,)`` labels.
+
+    Returns:
+        ``exit_<k>_accuracy`` in [0, 1]; the last exit is the backbone's own.
+    """
+    logits, labels = predictions
+    hits: NDArray[np.float64] = (logits.argmax(-1) == labels[:, None]).mean(0)
+    return {f"exit_{k}_accuracy": float(share) for k, share in enumerate(hits)}

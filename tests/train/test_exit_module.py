@@ -1,0 +1,274 @@
+"""The user's own Lightning Trainer."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from offramp.build.batch import fingerprints, unpack
+from offramp.errors import DataError, TrainingError
+from offramp.train.exit_logger import ExitLogger
+from offramp.train.exit_module import ExitModule
+from offramp.train.loop import fit
+from offramp.train.objectives import Distill, cross_entropy
+from offramp.train.phases import Phase
+from offramp.train.schemes import Alternating, Joint, Layerwise, Mixed, as_plan
+from tests.train.tiny import data_of, digests, loader_of, model_of
+
+pytestmark = [
+    # Advice of Lightning on larger trainings than these, and a part of torch that it calls.
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+]
+
+
+def trainer_of(**settings: Any) -> pl.Trainer:
+    """A Trainer that writes nothing unless asked to."""
+    options = {
+        "max_epochs": 2,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+    }
+    return pl.Trainer(**(options | settings))
+
+
+def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def batches_of(batch: int = 8) -> DataLoader[tuple[Tensor, ...]]:
+    """In a fixed order; Lightning takes a list of batches for a list of loaders."""
+    return loader_of(batch=batch, shuffle=False)
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(one.state_dict()[name], value, msg=name)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Joint(Distill(), weights="growing", equilibrium=True),
+        Joint(weights="learned"),
+        Mixed(Distill(temperature=2.0), weights="linear"),
+        Layerwise(),
+        Alternating(),
+    ],
+    ids=lambda scheme: type(scheme).__name__,
+)
+def test_every_phase_ends_where_fit_ends(scheme: Any) -> None:
+    fitted = model_of(dropout=0.0)
+    own = copy.deepcopy(fitted)
+    fit(fitted, batches_of(), scheme=scheme, epochs=4, optimizer=sgd, progress=False)
+    for phase in as_plan(scheme, own.num_exits, epochs=4):
+        module = ExitModule(own, phase, optimizer=sgd)
+        trainer_of(max_epochs=phase.epochs).fit(module, batches_of())
+    assert_same_weights(own, fitted)
+    assert torch.equal(own.training_fingerprints, fitted.training_fingerprints)
+
+
+def test_the_default_is_joint_with_the_optimizer_of_fit() -> None:
+    fitted = model_of(dropout=0.0)
+    own = copy.deepcopy(fitted)
+    fit(fitted, batches_of(), epochs=2, lr=0.01, progress=False)
+    trainer_of().fit(ExitModule(own, lr=0.01), batches_of())
+    assert_same_weights(own, fitted)
+
+
+def test_accumulated_and_clipped_by_the_trainer() -> None:
+    fitted = model_of(dropout=0.0)
+    own = copy.deepcopy(fitted)
+    settings: dict[str, Any] = {"optimizer": sgd, "schedule": "constant"}
+    fit(fitted, batches_of(4), epochs=2, accumulate=2, clip=0.5, progress=False, **settings)
+    trainer = trainer_of(accumulate_grad_batches=2, gradient_clip_val=0.5)
+    trainer.fit(ExitModule(own, **settings), batches_of(4))
+    assert_same_weights(own, fitted)
+
+
+class Kept(pl.Callback):
+    """What was logged, epoch for epoch."""
+
+    def __init__(self) -> None:
+        self.train: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.train.append({name: float(v) for name, v in trainer.callback_metrics.items()})
+
+
+def test_loss_and_accuracy_of_every_exit_are_logged() -> None:
+    model = model_of(dropout=0.0)
+    history = fit(
+        copy.deepcopy(model),
+        batches_of(),
+        epochs=2,
+        optimizer=sgd,
+        validation=loader_of(24, 10, seed=1, shuffle=False),
+        progress=False,
+    )
+    kept = Kept()
+    trainer = trainer_of(callbacks=[ExitLogger(), kept])
+    module = ExitModule(model, optimizer=sgd)
+    trainer.fit(module, batches_of(), loader_of(24, 10, seed=1, shuffle=False))
+    for row, logged in zip(history, kept.train, strict=True):
+        expected = {}
+        for k in range(4):
+            expected[f"train/exit_{k}/loss"] = row.train_loss[k]
+            expected[f"train/exit_{k}/accuracy"] = row.train_accuracy[k]
+            expected[f"val/exit_{k}/loss"] = row.val_loss[k]
+            expected[f"val/exit_{k}/accuracy"] = row.val_accuracy[k]
+        assert logged == pytest.approx(expected, rel=1e-5)
+    (tested,) = trainer.test(module, loader_of(24, 10, seed=1, shuffle=False), verbose=False)
+    with torch.no_grad():
+        x, y = data_of(24, seed=1)
+        hits = [(z.argmax(1) == y).double().mean().item() for z in model.eval()(x)]
+    assert [tested[f"test/exit_{k}/accuracy"] for k in range(4)] == pytest.approx(hits)
+
+
+def test_an_exit_that_is_not_supervised_has_no_training_loss() -> None:
+    kept = Kept()
+    model = model_of()
+    trainer = trainer_of(max_epochs=1, callbacks=[ExitLogger(), kept])
+    trainer.fit(ExitModule(model, Layerwise().plan(4, 4)[1]), batches_of())
+    losses = [name for name in kept.train[0] if name.endswith("loss")]
+    assert losses == ["train/exit_1/loss"]
+    assert "train/exit_3/accuracy" in kept.train[0]
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("stop")])
+def test_what_was_frozen_is_thawed(error: Exception | None) -> None:
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+            assert "backbone.blocks.0.0.weight" in frozen
+            if error is not None:
+                raise error
+
+    model = model_of()
+    before = digests(model)
+    module = ExitModule(model, Layerwise().plan(4, 4)[1])
+    trainer = trainer_of(max_epochs=1, callbacks=[Stop()])
+    if error is None:
+        trainer.fit(module, batches_of())
+    else:
+        with pytest.raises(RuntimeError, match="stop"):
+            trainer.fit(module, batches_of())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert len(model.training_fingerprints) == (40 if error is None else 8)
+    moved = {name for name, value in digests(model).items() if value != before[name]}
+    assert moved
+    assert all(name.startswith(("backbone.blocks.1.", "heads.1.")) for name in moved)
+
+
+def test_samples_are_remembered() -> None:
+    model = model_of()
+    trainer_of().fit(ExitModule(model), loader_of())
+    expected = fingerprints(unpack(data_of())).sort().values
+    assert torch.equal(model.training_fingerprints, expected)
+
+
+def test_a_trainer_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
+    whole, first, second = (model_of(dropout=0.0) for _ in range(3))
+    trainer_of(max_epochs=3).fit(ExitModule(whole, optimizer=sgd), batches_of())
+
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "own.ckpt", weights_only=False)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        trainer_of(max_epochs=3, callbacks=[Stop()]).fit(
+            ExitModule(first, optimizer=sgd), batches_of()
+        )
+    trainer_of(max_epochs=3).fit(
+        ExitModule(second, optimizer=sgd), batches_of(), ckpt_path=str(tmp_path / "own.ckpt")
+    )
+    assert_same_weights(second, whole)
+
+
+def test_a_loss_that_is_no_number_names_the_checkpoint_to_go_back_to(tmp_path: Path) -> None:
+    class Poison(pl.Callback):
+        def on_train_batch_start(
+            self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int
+        ) -> None:
+            if trainer.global_step == 7:
+                batch.args[0].fill_(float("nan"))
+
+    keeper = ModelCheckpoint(tmp_path, save_last=True)
+    trainer = trainer_of(
+        max_epochs=3, enable_checkpointing=True, callbacks=[keeper, Poison(), ExitLogger()]
+    )
+    text = (
+        r"exit 0 \(blocks.0\).* in phase 'joint', epoch 2, step 2. The last good checkpoint is .*"
+    )
+    with pytest.raises(TrainingError, match=text) as caught:
+        trainer.fit(ExitModule(model_of()), batches_of())
+    assert str(tmp_path) in str(caught.value)
+    assert any(path.suffix == ".ckpt" for path in tmp_path.iterdir())
+
+
+def test_one_class_is_worth_a_warning() -> None:
+    x, y = data_of()
+    batches = DataLoader(TensorDataset(x, torch.ones_like(y)), batch_size=8)
+    with pytest.warns(UserWarning, match="All labels of the training loader are 1"):
+        trainer_of(max_epochs=1).fit(ExitModule(model_of()), batches)
+
+
+@pytest.mark.parametrize(
+    ("labels", "text"),
+    [
+        (torch.zeros(8), "A batch of the training loader has labels of type torch.float32"),
+        (torch.full((8,), 3), "has label 3, out of range"),
+    ],
+)
+def test_wrong_labels(labels: Tensor, text: str) -> None:
+    batches = DataLoader(TensorDataset(data_of(8)[0], labels), batch_size=8)
+    with pytest.raises(DataError, match=text):
+        trainer_of().fit(ExitModule(model_of()), batches)
+    with pytest.raises(DataError, match=text.replace("training", "validation")):
+        trainer_of().fit(ExitModule(model_of()), batches_of(), batches)
+
+
+def test_one_sample_left_over() -> None:
+    with pytest.raises(DataError, match=r"Batch 2 .*'joint'.* holds one sample.* drop_last=True"):
+        trainer_of().fit(ExitModule(model_of()), loader_of(17, 8))
+
+
+def test_wrong_settings() -> None:
+    with pytest.raises(DataError, match="ExitModule trains a MultiExitModel, but got a Linear"):
+        ExitModule(nn.Linear(6, 3))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="lr is for the default optimizer"):
+        ExitModule(model_of(), optimizer=sgd, lr=0.1)
+    with pytest.raises(DataError, match=r"'p' names stages \[9\]"):
+        ExitModule(model_of(), Phase("p", (9,), (), (0,)))
+    with pytest.raises(DataError, match="this Trainer has no end. Pass max_epochs"):
+        trainer_of(max_epochs=-1).fit(ExitModule(model_of()), batches_of())
+
+
+def test_the_logger_wants_an_exit_module() -> None:
+    class Other(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model_of()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return cross_entropy(self.model(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return sgd(list(self.parameters()))
+
+    with pytest.raises(DataError, match="the Trainer got a Other"):
+        trainer_of(callbacks=[ExitLogger()]).fit(Other(), batches_of())
