@@ -65,6 +65,10 @@ def _scored(scored: dict[str, Any]) -> str:
     return f"{100 * scored['accuracy']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
+def _holds(result: dict[str, Any], part: str) -> bool:
+    return part in result["parts"] or part in result["parts"].get("stages", {})
+
+
 def filled(text: str) -> str:
     """The document with its tables as the results have them."""
 
@@ -73,7 +77,11 @@ def filled(text: str) -> str:
         source = RESULTS / f"{name.partition('.')[0]}.json"
         if not source.exists():
             return begin + end
-        return f"{begin}\n{TABLES[name](json.loads(source.read_text('utf-8')))}\n\n{end}"
+        result = json.loads(source.read_text("utf-8"))
+        group, _, part = name.partition(".")
+        if group == "runtime" and part != "conditions" and not _holds(result, part):
+            return f"{begin}\nNot measured yet.\n\n{end}"
+        return f"{begin}\n{TABLES[name](result)}\n\n{end}"
 
     return MARKED.sub(put, text)
 
