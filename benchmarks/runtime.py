@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--only", choices=sorted(_PARTS), action="append", help="these parts")
+    parser.add_argument("--network", choices=list(SUBJECTS), action="append", help="these alone")
     parser.add_argument("--device", default="cpu", help="cuda: stages alone, on eager torch")
     parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
     given = parser.parse_args()
@@ -65,7 +66,7 @@ def main() -> None:
     parts = ["stages"] if given.device != "cpu" else given.only or list(_PARTS)
     for name in parts:
         print(f"{name} ...", file=sys.stderr)
-        result[name] = _PARTS[name](given)
+        result[name] = _joined(result.get(name), _PARTS[name](given))
     document = {
         "schema": 1,
         "benchmark": "runtime",
@@ -91,12 +92,28 @@ def main() -> None:
     print(json.dumps(document["summary"], indent=1))
 
 
+def _joined(before: Any, now: Any) -> Any:
+    """What was measured now, and earlier rows of networks that were not."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return {**before, **{key: _joined(before.get(key), now[key]) for key in now}}
+    if isinstance(before, list) and isinstance(now, list) and "network" in before[0]:
+        fresh = {row["network"] for row in now}
+        rows = [*(row for row in before if row["network"] not in fresh), *now]
+        order = [*SUBJECTS, SMALL.name]
+        return sorted(rows, key=lambda row: order.index(row["network"]))
+    return now
+
+
 # -- the parts -------------------------------------------------------------------------------------
+
+
+def _networks(given: argparse.Namespace, sample: str) -> list[str]:
+    return given.network or ([sample] if given.quick else list(SUBJECTS))
 
 
 def _stages(given: argparse.Namespace) -> dict[str, Any]:
     """Against the ideal and against the backbone alone, on each engine."""
-    subjects = ["resnet56_cifar"] if given.quick else list(SUBJECTS)
+    subjects = _networks(given, "resnet56_cifar")
     engines = ["onnxruntime"] if given.quick else list(ENGINES)
     engines = engines if given.device == "cpu" else ["torch"]
     batches = [1, 32] if given.quick else [1, 8, 32, 64]
@@ -121,13 +138,13 @@ def _compaction(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _earlyon(given: argparse.Namespace) -> dict[str, Any]:
-    counts = {1: 200, 8: 400, 64: 640} if given.quick else {1: 2000, 8: 4000, 64: 4992}
+    counts = {1: 200, 8: 400, 64: 640} if given.quick else {1: 1000, 8: 2000, 64: 2560}
     names = ["fashion_mnist"] if given.quick else list(RECIPES)
     return {name: measure_rival(name, given.data, given.runs, counts) for name in names}
 
 
 def _file(given: argparse.Namespace) -> list[dict[str, Any]]:
-    names = ["resnet18_64px"] if given.quick else list(SUBJECTS)
+    names = _networks(given, "resnet18_64px")
     return [
         measure_file(SUBJECTS[name], SUBJECTS[name].model(given.data), 1.0 if given.quick else 8.0)
         for name in names
@@ -135,7 +152,7 @@ def _file(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _memory(given: argparse.Namespace) -> list[dict[str, Any]]:
-    names = ["resnet56_cifar"] if given.quick else list(SUBJECTS)
+    names = _networks(given, "resnet56_cifar")
     return [measure_memory(SUBJECTS[n], SUBJECTS[n].model(given.data), 64) for n in names]
 
 

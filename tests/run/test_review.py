@@ -89,8 +89,10 @@ def test_a_rule_with_state_and_no_thresholds_is_refused_where_exits_run() -> Non
     none = Policy("arithmetic", None)
     plain = Runner(model, none, example)
     with torch.no_grad():
-        wanted = model.backbone(example).log_softmax(-1)  # an ensemble of one
-    assert torch.allclose(plain(example).logits, wanted, atol=1e-6)
+        wanted = model.backbone(example).softmax(-1)
+    assert torch.allclose(plain(example).logits.softmax(-1), wanted, atol=1e-6)
+    told = replay(record(model, [example], progress=False), none)
+    assert torch.allclose(plain(example).logits, told.logits, atol=1e-6)
     with pytest.raises(PolicyError, match="carries state"):
         Runner(model, none, example, exits="all")
     with pytest.raises(PolicyError, match="carries state"):
