@@ -293,6 +293,16 @@ def test_everyone_at_one_exit_has_to_be_surely_better(wrong, less):
     assert torch.equal(chosen, off) is not less
 
 
+def test_an_exit_that_alone_costs_a_little_too_much_is_no_way_out():
+    """The third exit alone costs 0.76: near a budget of 0.759, but above it."""
+    scored, right = scored_of(random_trace(2000, head=0.01))
+    search = Search(scored, lambda rows: right[:, rows])
+    alone = np.array([False, False, True])
+    for budget, reached in ((0.759, False), (0.761, True)):
+        setting = search._settle(search.land, np.zeros(3), alone, budget)
+        assert (setting.gain > -np.inf) is reached
+
+
 def test_networks_cut_short_are_put_on_the_budget():
     trace = random_trace(2000, exits=5)
     scored, right = scored_of(trace)

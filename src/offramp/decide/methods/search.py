@@ -78,6 +78,8 @@ class Search:
         self.first = self.few.subset(torch.arange(min(len(rows), COARSE)))
         self.families = [line(self.first, worth[:, : self.coarse.size]) for line in LINES]
         self.cuts = Cuts(self.first, self.ranks)
+        # What everyone pays at the least where an exit is the first in use.
+        self.least = (scored.stages.cumsum(0) + scored.heads).numpy()
         size = max(1, min(round(PART * len(rows)), COARSE))
         self.parts = [self.land.rows(generator.permutation(len(rows))[:size]) for _ in range(PARTS)]
 
@@ -148,7 +150,9 @@ class Search:
 
     def _settle(self, land: Landscape, log_odds: Array, on: Used, budget: float) -> _Setting:
         moved, gain = land.onto(log_odds[None], on, budget)
-        return _Setting(moved[0], on, float(gain[0]))
+        # A little above the budget is near enough to compare, but not where nothing lies below it.
+        out_of_reach = bool(on.any()) and self.least[int(on.argmax())] > budget
+        return _Setting(moved[0], on, -np.inf if out_of_reach else float(gain[0]))
 
     def _climb(
         self,
