@@ -1,10 +1,10 @@
-"""ResNet-56 with early exits, trained jointly: what races earlyon.
+"""ResNet-56 with early exits, trained jointly and distilled from their ensemble: what races earlyon.
 
     python benchmarks/trained.py --data DIR --out runs/trained
 
 Two networks, both from the published weights for lossless CIFAR-10: one goes on with CIFAR-10
 (JPEG), one with Fashion-MNIST (images padded to 32x32, the one channel three times). Each is kept
-as ``NAME.safetensors`` and made once: about a quarter of an hour on one core.
+as ``NAME.safetensors`` and made once: about half an hour each on one core that multiplies bfloat16.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ import offramp
 from benchmarks.subjects import resnet56
 from benchmarks.traces import augment, batches, cifar, fashion, normalise
 from offramp.build.model import MultiExitModel
+from offramp.train.objectives import Distill
+from offramp.train.schemes import Joint
 
 __all__ = ["RECIPES", "Recipe", "test_images", "trained_resnet56"]
 
@@ -53,8 +55,8 @@ class Recipe:
 
 
 RECIPES = {
-    "cifar10_jpeg": Recipe("CIFAR-10 (JPEG)", cifar, (1 / 3, 2 / 3), epochs=2, pad=4),
-    "fashion_mnist": Recipe("Fashion-MNIST", lambda _: fashion(), (0.2, 0.4), epochs=3, pad=2),
+    "cifar10_jpeg": Recipe("CIFAR-10 (JPEG)", cifar, (1 / 3, 2 / 3), epochs=5, pad=4),
+    "fashion_mnist": Recipe("Fashion-MNIST", lambda _: fashion(), (0.15, 0.4), epochs=9, pad=2),
 }
 
 
@@ -90,17 +92,21 @@ def trained_resnet56(name: str, data: Path, out: Path) -> MultiExitModel:
     if kept.is_file():
         model.load_state_dict(load_file(kept))
         return model.eval()
+    # Twice as fast where the processor has its channels last.
+    model.to(memory_format=torch.channels_last)
     sgd = partial(torch.optim.SGD, lr=RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
     offramp.fit(
         model,
         _Images(recipe.images(data), recipe.pad),
-        scheme="joint",
+        scheme=Joint(Distill(teacher="ensemble")),
         epochs=recipe.epochs,
         optimizer=sgd,
+        precision="bf16-mixed",
         seed=SEED,
+        checkpoint=out / name,
         progress=sys.stderr.isatty(),
     )
-    out.mkdir(parents=True, exist_ok=True)
+    model.to(memory_format=torch.contiguous_format)
     part = kept.with_suffix(".part")
     save_file(model.state_dict(), part)
     part.replace(kept)

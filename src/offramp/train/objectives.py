@@ -85,7 +85,9 @@ def sample_losses(
         ``(K, B)`` in nats.
     """
     rows = [
-        F.cross_entropy(outputs[k], labels, reduction="none", label_smoothing=label_smoothing)
+        F.cross_entropy(
+            _full(outputs[k]), labels, reduction="none", label_smoothing=label_smoothing
+        )
         for k in _chosen(outputs, exits)
     ]
     return torch.stack(rows)
@@ -95,7 +97,7 @@ def exit_losses(
     outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
 ) -> Tensor:
     """Mean cross entropy of every exit: ``(K,)`` in nats."""
-    return torch.stack([F.cross_entropy(outputs[k], labels) for k in _chosen(outputs, exits)])
+    return torch.stack([F.cross_entropy(_full(outputs[k]), labels) for k in _chosen(outputs, exits)])
 
 
 def cross_entropy(
@@ -149,6 +151,7 @@ def distillation(
     Returns:
         ``(K, B)`` in nats; exactly zero for the last exit when it is the teacher.
     """
+    outputs = [_full(logits) for logits in outputs]
     with torch.no_grad():
         if teacher == "last":
             target = torch.softmax(outputs[-1] / temperature, -1)
@@ -179,7 +182,8 @@ def boosted(outputs: Sequence[Tensor]) -> list[Tensor]:
     """
     sums: list[Tensor] = []
     for logits in outputs:
-        sums.append(logits + sums[-1].detach() if sums else logits)
+        own = _full(logits)
+        sums.append(own + sums[-1].detach() if sums else own)
     return sums
 
 
@@ -198,10 +202,10 @@ def leave_shares(outputs: Sequence[Tensor], sharpness: float = 10.0) -> Tensor:
         ``(E, B)`` without gradient.
     """
     with torch.no_grad():
-        remaining = torch.ones_like(outputs[0][:, 0])
+        remaining = torch.ones_like(_full(outputs[0])[:, 0])
         rows = []
         for logits in outputs[:-1]:
-            confidence = torch.softmax(logits, -1).amax(-1)
+            confidence = torch.softmax(_full(logits), -1).amax(-1)
             gate = torch.sigmoid(sharpness * (confidence - confidence.mean()))
             rows.append(remaining * gate)
             remaining = remaining * (1 - gate)
@@ -364,6 +368,11 @@ def _weighted(losses: Tensor, weights: Sequence[float] | Tensor | None) -> Tenso
             f"Give one weight per exit, the last being the backbone's own."
         )
     return (factors * losses).sum()
+
+
+def _full(logits: Tensor) -> Tensor:
+    """Logits of mixed precision in the precision that losses are summed in."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def _chosen(outputs: Sequence[Tensor], exits: Sequence[int] | None) -> list[int]:
