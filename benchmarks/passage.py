@@ -29,7 +29,8 @@ from offramp.run.difference import distance
 from offramp.run.engines import engine_of
 from offramp.run.evaluating import evaluating
 from offramp.run.graph import cut
-from offramp.run.onnx import connect, convert
+from offramp.run.onnx import convert
+from offramp.run.onnx_rule import connect
 from offramp.run.proof import TOLERANCE, prove
 from offramp.run.runner import Runner
 from offramp.run.stages import StagedModel

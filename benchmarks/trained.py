@@ -1,4 +1,4 @@
-"""ResNet-56 with early exits, trained jointly and distilled from their ensemble: what races earlyon.
+"""ResNet-56 with early exits, distilled from their own ensemble: what races earlyon.
 
     python benchmarks/trained.py --data DIR --out runs/trained
 

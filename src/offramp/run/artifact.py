@@ -36,7 +36,8 @@ from offramp.run.calls import Call
 from offramp.run.chain import Link, Step, chain
 from offramp.run.engines import Engine, OnnxEngine, StepCall, engine_of
 from offramp.run.graph import cut
-from offramp.run.onnx import connect, convert, split
+from offramp.run.onnx import convert, split
+from offramp.run.onnx_rule import connect
 from offramp.run.proof import compare_file
 from offramp.run.rows import RowAxis
 from offramp.run.runner import Runner
@@ -153,15 +154,22 @@ def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime")
         links = [_link_from_json(step, threshold) for step, threshold in steps]
         file = onnx.load_from_string(parts[MODEL])
         _check_inputs(manifest, file)
-        models, call = _stages(parts, file, links), _call(manifest)
+        call = _call(manifest)
 
-        def sessions(tried: Engine) -> list[StepCall]:
-            return [tried.session(one) for one in models] if isinstance(tried, OnnxEngine) else []
+        def stages() -> list[bytes]:
+            """Read again, since they may be asked for long after: damaged parts are refused."""
+            again = {name: _part(folder, name, manifest) for name in _names(manifest)}
+            return _stages(again, onnx.load_from_string(again[MODEL]), links)
+
+        def calls_of(tried: Engine) -> Sequence[StepCall]:
+            if not isinstance(tried, OnnxEngine):
+                return []
+            return tried.calls(file, links, stages, call.finite)
 
         if executes is None:
-            executes, calls = fastest(ENGINES, sessions, links, call)
+            executes, calls = fastest(ENGINES, calls_of, links, call)
         else:
-            calls = sessions(executes)
+            calls = calls_of(executes)
         costs = manifest["costs"]
         return Runner.of_links(
             executes,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import numpy as np
 import torch
@@ -22,7 +24,9 @@ from offramp.errors import MissingExtra, OfframpError, StageError, unknown_name
 from offramp.run.rows import RowAxis
 
 if TYPE_CHECKING:
-    from offramp.run.chain import Step
+    import onnx
+
+    from offramp.run.chain import Link, Step
 
 __all__ = [
     "Array",
@@ -32,6 +36,7 @@ __all__ = [
     "OnnxRuntime",
     "OpenVINO",
     "StepCall",
+    "StepCalls",
     "Torch",
     "engine_of",
 ]
@@ -47,7 +52,7 @@ class Engine(ABC):
     exact: ClassVar[bool] = False  # whether it computes the bits that eager torch computes
 
     @abstractmethod
-    def load(self, steps: Sequence[Step]) -> list[StepCall]:
+    def load(self, steps: Sequence[Step]) -> Sequence[StepCall]:
         """Make steps executable: for each a function from its inputs to its outputs, as arrays."""
 
     @abstractmethod
@@ -181,18 +186,106 @@ class _NumpyArrays(Engine):
         return out
 
 
+class StepCalls(Sequence[StepCall]):
+    """Steps made executable, which are loaded when one of them is asked for.
+
+    Attributes:
+        whole: all steps in one call, as :func:`offramp.run.onnx_rule.join` describes it; ``None``
+            where the engine, or this model, has none.
+
+    Args:
+        count: of steps.
+        load: makes them executable.
+        whole: see above.
+    """
+
+    def __init__(
+        self, count: int, load: Callable[[], list[StepCall]], whole: StepCall | None
+    ) -> None:
+        self.whole = whole
+        self._count = count
+        self._load = load
+        self._loaded: list[StepCall] | None = None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> StepCall: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[StepCall]: ...
+    def __getitem__(self, index: int | slice) -> StepCall | list[StepCall]:
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = self._load()
+            return self._loaded[index]
+
+    def release(self) -> None:
+        """Free the memory that the steps take, until one is asked for again."""
+        with self._lock:
+            self._loaded = None
+
+
 class OnnxEngine(_NumpyArrays):
     """Engines that execute ONNX."""
+
+    joins: ClassVar[bool] = False  # whether all steps are also had in one call
 
     @abstractmethod
     def session(self, model: bytes) -> StepCall:
         """A function over arrays, in the order of the model's inputs and outputs."""
 
-    def load(self, steps: Sequence[Step]) -> list[StepCall]:
+    def load(self, steps: Sequence[Step]) -> StepCalls:
         """As in :class:`Engine`."""
         from offramp.run.onnx import convert, split
 
-        return [self.session(m.SerializeToString()) for m in split(convert(steps), steps)]
+        model = convert(steps)
+        kept = _put_aside([one.SerializeToString() for one in split(model, steps)])
+        finite = [v.is_floating_point() and bool(v.isfinite().all()) for v in steps[0].example]
+        return self.calls(model, steps, kept, finite)
+
+    def calls(
+        self,
+        model: onnx.ModelProto,
+        links: Sequence[Link],
+        stages: Callable[[], Sequence[bytes]],
+        finite: Sequence[bool],
+    ) -> StepCalls:
+        """Converted steps, executable.
+
+        Args:
+            model: what :func:`offramp.run.onnx.convert` or :func:`~offramp.run.onnx_rule.connect`
+                made.
+            links: the steps.
+            stages: reads the model of each of them.
+            finite: for each input of the model, whether it has to be finite.
+        """
+        from offramp.run.onnx_rule import join
+
+        def load() -> list[StepCall]:
+            return [self.session(one) for one in stages()]
+
+        whole = None
+        selects = any(axis.of for link in links for axis in link.rows.values() if axis is not None)
+        if self.joins and not selects:
+            whole = self.session(join(model, links, finite).SerializeToString())
+        return StepCalls(len(links), load, whole)
+
+
+def _put_aside(models: Sequence[bytes]) -> Callable[[], list[bytes]]:
+    """Keep models on the disk rather than in memory, as long as what reads them is kept."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+    for model in models:
+        file.write(model)
+    sizes = [len(model) for model in models]
+
+    def read() -> list[bytes]:
+        file.seek(0)
+        return [file.read(size) for size in sizes]
+
+    weakref.finalize(read, file.close)
+    return read
 
 
 class OnnxRuntime(OnnxEngine):
@@ -204,6 +297,7 @@ class OnnxRuntime(OnnxEngine):
     """
 
     name = "onnxruntime"
+    joins = True
 
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads or len(os.sched_getaffinity(0))

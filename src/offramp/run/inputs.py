@@ -27,8 +27,7 @@ def check_call(
     """The tensors or arrays of a call that is like ``known``, in its order.
 
     Raises:
-        DataError: another structure, dtype, rank or size; an empty batch; or values that are not
-            finite, where the example's are.
+        DataError: another structure, dtype, rank or size; or an empty batch.
     """
     given = flat_call(args, kwargs, known)
     if given is None:
@@ -47,11 +46,9 @@ def check_call(
             known.names, given, known.tensors, selector.free, strict=True
         ):
             _check_tensor(name, value, like, free)
-        check_finite(given, known)
         return given
     for name, value, like in zip(known.names, given, known.tensors, strict=True):
         _check_tensor(name, value, like)
-    check_finite(given, known)
     if len(given) > 1 and len({len(value) for value in given}) != 1:
         shapes = ", ".join(f"{n}={_show(v.shape)}" for n, v in zip(known.names, given, strict=True))
         raise DataError(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,7 @@ def prove(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
         _whole(runner, model, staged)
         _alone(runner, model, staged)
         _one_by_one(runner, model, staged)
+    _in_one_call(runner, staged)
     _as_it_is(model, staged)
 
 
@@ -131,6 +133,35 @@ def _one_by_one(runner: Runner, model: MultiExitModel, staged: StagedModel) -> N
                         "rows of a batch, or a branch in a forward depends on how many there are, "
                         "so per-sample exits would change its answers."
                     )
+
+
+def _in_one_call(runner: Runner, staged: StagedModel) -> None:
+    """All stages in one call, where the engine has that, beside one after the other."""
+    if runner._whole is None:
+        return
+    inputs = [runner.engine.array(value) for value in staged.call.tensors]
+    scores: list[Tensor] = []
+
+    def keep(position: int, values: dict[str, Any]) -> np.ndarray:
+        scores.append(torch.as_tensor(runner.engine.host(values["score"])))
+        return np.zeros(staged.samples, bool)
+
+    runner._execute(inputs, keep)
+    count = len(runner._links) - 1
+    for limits in ([math.inf] * count, [-math.inf] * count, [*map(_between, scores[:-1])]):
+        thresholds = [*limits, -math.inf]
+        links = [replace(k, threshold=t) for k, t in zip(runner._links, thresholds, strict=True)]
+        other = runner._with(links)
+        got, wanted = runner._whole.under(links)(inputs), other._execute(inputs, other._leaving)
+        near = [(s - t).abs() <= TOLERANCE[False] for s, t in zip(scores, limits, strict=False)]
+        clear = ~torch.stack(near).any(0).numpy() if near else np.ones(staged.samples, bool)
+        far = distance(got.logits[clear], wanted.logits[clear]) if clear.any() else 0.0
+        if not far <= TOLERANCE[False] or (got.exit != wanted.exit)[clear].any():
+            raise EqualityError(
+                f"All stages in one call of {runner.engine.name} answer otherwise than one after "
+                f"the other: logits differ by {far:.2g} (relative) on the example. An operator "
+                "computes something else on fewer rows. Use engine='torch'."
+            )
 
 
 def _as_it_is(model: MultiExitModel, staged: StagedModel) -> None:

@@ -8,6 +8,7 @@ costs what its survivors cost.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,11 +25,11 @@ from offramp.build.model import ExitOutputs, MultiExitModel
 from offramp.decide.criteria import criterion_to_json
 from offramp.decide.policy import Policy
 from offramp.errors import PolicyError
-from offramp.run.answers import Answer, Result, result_of
+from offramp.run.answers import Answer, Result
 from offramp.run.calls import Call
 from offramp.run.chain import Link, chain, check_state
 from offramp.run.compaction import Compaction
-from offramp.run.engines import Array, Engine, StepCall, engine_of
+from offramp.run.engines import Array, Engine, StepCall, StepCalls, engine_of
 from offramp.run.inputs import check_call, check_finite, explain_not_finite, flat_call
 from offramp.run.proof import prove
 from offramp.run.rows import RowAxis
@@ -36,8 +37,13 @@ from offramp.run.selection import Selector, samples_of, take_samples
 from offramp.run.sequential import cut_for
 from offramp.run.stats import Stats, Tally
 from offramp.run.times import StageTimes, fastest, rows_in_memory
+from offramp.run.timing import compare
+from offramp.run.whole import Whole
 
 __all__ = ["Result", "Runner", "Stats"]
+
+SLOW = 0.1  # seconds
+CLEARLY = 1.05
 
 
 class Runner:
@@ -137,17 +143,27 @@ class Runner:
         self.places = places
         self.call = call
         self._links = tuple(links)
-        self._calls = tuple(calls)
+        self._calls = calls
         self._inputs = self._links[0].inputs
         self._selector = selector
+        self._whole: Whole | None = None
+        if isinstance(calls, StepCalls) and calls.whole is not None and selector is None:
+            self._whole = Whole(engine, calls.whole, self._links)
+        # What is not in single precision is not looked at inside of the one call.
+        pairs = zip(call.finite, call.tensors, strict=True)
+        self._looks = any(finite and value.dtype != torch.float32 for finite, value in pairs)
         self._checked: tuple[Any, ...] | None = None
         self._compact = Compaction(engine, self._inputs, selector)
         self.max_batch = rows_in_memory(row_bytes)
         self.times = StageTimes.none()
+        self.in_one_call = False
         self.reset()
 
     def measure(self, batch: int = 16) -> None:
         """Time every stage here and now: what compaction and deadlines go by.
+
+        Where the engine has all stages in one call, too, that is timed beside them, and the faster
+        of the two answers from now on.
 
         Args:
             batch: the larger of the two batch sizes that are timed; the other is 1.
@@ -155,6 +171,29 @@ class Runner:
         self.times = StageTimes.measure(
             self.engine, self._links, self._calls, self.call, self._compact, batch
         )
+        self.in_one_call = self._whole is not None and self._one_call_pays(batch)
+        if self.in_one_call and isinstance(self._calls, StepCalls):
+            self._calls.release()
+
+    def _one_call_pays(self, batch: int) -> bool:
+        """Whether all stages in one call are as fast: nobody leaving, and all at the first exit.
+
+        Stage by stage it has to be clearly faster, since then both are not held in memory.
+        """
+        samples = samples_of(self.call.tensors, None)
+        slower = []
+        for size, threshold in itertools.product((1, batch), (math.inf, -math.inf)):
+            if sum(line.at(size) for line in self.times.stages) > SLOW:
+                continue  # what happens between the stages does not count
+            rows = torch.arange(size) % samples
+            inputs = [self.engine.array(v) for v in take_samples(self.call.tensors, rows, None)]
+            links = [replace(link, threshold=threshold) for link in self._links[:-1]]
+            other = self._with((*links, self._links[-1]))
+            ways = {"whole": partial(other._whole or other._stepwise, inputs)}
+            ways["stepwise"] = partial(other._stepwise, inputs)
+            times = compare(ways, repeats=5, warmup=2)
+            slower.append(math.log(times["whole"] / times["stepwise"]))
+        return sum(slower) <= len(slower) * math.log(CLEARLY)
 
     def under(self, policy: Policy) -> Runner:
         """A runner of the same stages under other thresholds; nothing is cut or converted anew.
@@ -177,10 +216,15 @@ class Runner:
                 f"The policy uses exit {missing[0]}, which this runner left out, since its own "
                 "policy switched it off. Make the runner with exits='all'."
             )
-        other = copy.copy(self)
+        other = self._with([replace(k, threshold=thresholds[k.exit]) for k in self._links])
         other.policy = policy
-        other._links = tuple(replace(k, threshold=thresholds[k.exit]) for k in self._links)
         other.reset()
+        return other
+
+    def _with(self, links: Sequence[Link]) -> Runner:
+        other = copy.copy(self)
+        other._links = tuple(links)
+        other._whole = None if self._whole is None else self._whole.under(links)
         return other
 
     @property
@@ -223,38 +267,43 @@ class Runner:
         samples = samples_of(given, self._selector)
         if samples > self.max_batch:
             return self._in_pieces(given, deadline_ms, begin)
-        if samples == 1 and deadline_ms is None:
-            return self._answer_one(given)
         return self._answer(given, deadline_ms, begin)
 
-    def _answer_one(self, given: Sequence[Any]) -> Result:
-        """A single row leaves or goes on: there are no rows to keep apart, and no time to lose."""
-        values = dict(zip(self._inputs, map(self.engine.array, given), strict=True))
+    def _answer(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
+        whole = self._whole if self.in_one_call and deadline_ms is None else None
+        if whole is None or self._looks:
+            check_finite(given, self.call)
+        inputs = [self.engine.array(value) for value in given]
+        if whole is not None:
+            said = whole(inputs)
+        elif deadline_ms is None:
+            said = self._stepwise(inputs)
+        else:
+            said = self._execute(inputs, partial(self._leaving_by, begin + deadline_ms / 1e3))
+        logits = self.engine.host(said.logits)
+        if not said.finite:
+            check_finite(given, self.call)
+            if not np.isfinite(logits).all():
+                explain_not_finite(logits, given)
+        late = deadline_ms is not None and time.perf_counter() > begin + deadline_ms / 1e3
+        self._tally.add(said.exit, said.entered, missed=len(said.exit) if late else 0)
+        return said.result(logits, given[0])
+
+    def _stepwise(self, inputs: Sequence[Array]) -> Answer:
+        """Stage by stage; a single row leaves or goes on, with no rows to keep apart."""
+        if samples_of(inputs, self._selector) > 1:
+            return self._execute(inputs, self._leaving)
+        values = dict(zip(self._inputs, inputs, strict=True))
+        entered: list[int] = []
         for link, call in zip(self._links, self._calls, strict=True):
+            entered.append(1)
             outputs = call([values[name] for name in link.inputs])
             values.update(zip(link.outputs, outputs, strict=True))
             score = self.engine.host(values["score"])
             if score[0] >= score.dtype.type(link.threshold):
                 break
-        logits = self.engine.host(values["logits"])
-        if not np.isfinite(logits).all():
-            explain_not_finite(logits, given)
-        self._tally.add_one(link.exit)
         exit = np.array([link.exit])
-        return result_of(self.engine, values["logits"], exit, values["score"], logits, given[0])
-
-    def _answer(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
-        leaving = self._leaving
-        if deadline_ms is not None:
-            end = begin + deadline_ms / 1e3
-            leaving = partial(self._leaving_by, end)
-        answer = self._execute([self.engine.array(value) for value in given], leaving)
-        logits = self.engine.host(answer.logits)
-        if not np.isfinite(logits).all():
-            explain_not_finite(logits, given)
-        late = deadline_ms is not None and time.perf_counter() > end
-        self._tally.add(answer.exit, answer.entered, missed=answer.samples if late else 0)
-        return answer.result(logits, given[0])
+        return Answer(self.engine, exit, values["logits"], values["score"], entered)
 
     def _in_pieces(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
         """A batch that would not fit into memory, as several."""
@@ -278,12 +327,13 @@ class Runner:
             DataError: as for a call.
         """
         given = self._given(args, kwargs)
+        check_finite(given, self.call)
         values = dict(zip(self._inputs, map(self.engine.array, given), strict=True))
         rows = np.arange(samples_of(given, self._selector))
         for link, call in zip(self._links, self._calls, strict=True):
             outputs = call([values[name] for name in link.inputs])
             values.update(zip(link.outputs, outputs, strict=True))
-            answer = Answer(self.engine, len(rows))
+            answer = Answer(self.engine, np.zeros(len(rows), np.int64))
             answer.add(link.exit, rows, values["logits"], values["score"])
             logits = self.engine.host(answer.logits)
             if not np.isfinite(logits).all():
@@ -303,6 +353,7 @@ class Runner:
             )
         own = "raw" if self.policy.criterion.combines else "logits"
         given = self._given(args, kwargs)
+        check_finite(given, self.call)
         logits: list[Tensor] = []
 
         def keep(position: int, values: dict[str, Array]) -> np.ndarray:
@@ -317,7 +368,6 @@ class Runner:
         # What has just the shapes and types of a call that was checked needs no second look.
         kind = None if given is None else tuple((type(v), v.dtype, v.shape) for v in given)
         if given is not None and kind == self._checked:
-            check_finite(given, self.call)
             return given
         checked = check_call(args, kwargs, self.call, self._selector)
         self._checked = kind
@@ -344,7 +394,7 @@ class Runner:
     ) -> Answer:
         """Run the chain on ``inputs``, letting rows go where ``leaving`` says so."""
         samples = samples_of(inputs, self._selector)
-        answer = Answer(self.engine, samples)
+        answer = Answer(self.engine, np.zeros(samples, np.int64))
         values = dict(zip(self._inputs, inputs, strict=True))
         rows = np.arange(samples)  # the sample that each live row belongs to
         waiting = np.ones(samples, bool)  # which live rows have no answer yet

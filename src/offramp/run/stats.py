@@ -54,17 +54,10 @@ class Tally:
         """Count a batch: the exit of each sample (B,), and how many entered each stage."""
         with self._lock:
             self._missed += missed
-            for exit, count in enumerate(np.bincount(exits).tolist()):
-                self._taken[exit] += count
+            for exit in exits.tolist():
+                self._taken[exit] += 1
             for position, count in enumerate(entered):
                 self._entered[position] += count
-
-    def add_one(self, exit: int) -> None:
-        """Count a single sample."""
-        with self._lock:
-            self._taken[exit] += 1
-            for position, kept in enumerate(self._kept):
-                self._entered[position] += kept <= exit
 
     def stats(self) -> Stats:
         """The counts so far."""

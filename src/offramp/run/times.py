@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from offramp.run.engines import Array, Engine, StepCall, engine_of
 from offramp.run.selection import Selector, samples_of, take_samples
 
 __all__ = ["Line", "StageTimes", "fastest", "rows_in_memory"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -106,11 +109,11 @@ class StageTimes:
 
 def fastest(
     names: Sequence[str],
-    load: Callable[[Engine], list[StepCall]],
+    load: Callable[[Engine], Sequence[StepCall]],
     links: Sequence[Link],
     call: Call,
     selector: Selector | None = None,
-) -> tuple[Engine, list[StepCall]]:
+) -> tuple[Engine, Sequence[StepCall]]:
     """The engine that runs all steps in the least time on a batch like the example.
 
     An engine that is not installed, or cannot execute these steps, is passed over; what was
@@ -126,7 +129,7 @@ def fastest(
     Raises:
         OfframpError: no engine executes these steps.
     """
-    found: list[tuple[float, Engine, list[StepCall]]] = []
+    found: list[tuple[float, Engine, Sequence[StepCall]]] = []
     batch = samples_of(call.tensors, selector)
     reason: OfframpError | None = None
     for name in names:
@@ -190,7 +193,7 @@ def _taken(
     return taken
 
 
-def _median(run: Callable[[], list[Array]]) -> tuple[float, list[Array]]:
+def _median(run: Callable[[], T]) -> tuple[float, T]:
     values = run()
     seconds = []
     for _ in range(REPEATS):

@@ -1,0 +1,169 @@
+"""All stages in one call answer as one after the other does, and as the model does."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from offramp.decide.policy import Policy
+from offramp.errors import ArtifactError, DataError, EqualityError
+from offramp.run import onnx_rule, runner
+from offramp.run.artifact import export, load
+from offramp.run.engines import OnnxRuntime, StepCalls
+from offramp.run.rows import RowAxis
+from offramp.run.runner import Runner
+from offramp.run.times import StageTimes
+from tests.networks import example_of
+from tests.run.conftest import KINDS, case, whole
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+
+
+@cache
+def made(kind: str, criterion: str = "confidence") -> Runner:
+    one = case(kind)
+    return Runner(
+        one.model, Policy(criterion, [0.5, 0.5]), one.example, engine=OnnxRuntime(threads=1)
+    )
+
+
+def both(kind: str, thresholds: list[float], criterion: str = "confidence") -> tuple[Runner, ...]:
+    """In one call, and stage by stage."""
+    ways = []
+    for in_one_call in (True, False):
+        way = made(kind, criterion).under(Policy(criterion, thresholds))
+        way.in_one_call, way.times = in_one_call, StageTimes.none()
+        ways.append(way)
+    return tuple(ways)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=10, deadline=None)
+@given(data=st.data())
+def test_one_call_answers_as_stage_by_stage(kind: str, data: st.DataObject) -> None:
+    size = data.draw(st.sampled_from([1, 2, 7, 33]))
+    thresholds = data.draw(st.lists(st.floats(0.2, 1.01), min_size=2, max_size=2))
+    x = example_of(kind, size, data.draw(st.integers(0, 999)))
+    scores = [torch.softmax(v, -1).max(-1).values for v in whole(case(kind), x)[:-1]]
+    near = [(s - t).abs() <= 1e-4 for s, t in zip(scores, thresholds, strict=True)]
+    clear = ~(near[0] | near[1])
+    at_once, stepwise = both(kind, thresholds)
+    got, wanted = at_once(x), stepwise(x)
+    assert torch.equal(got.exit[clear], wanted.exit[clear])
+    for name in ("logits", "score", "prediction"):
+        torch.testing.assert_close(
+            getattr(got, name)[clear], getattr(wanted, name)[clear], rtol=1e-5, atol=1e-5
+        )
+    if clear.all():
+        assert at_once.stats == stepwise.stats
+
+
+def test_state_of_a_criterion_crosses_too() -> None:
+    x = example_of("mlp", 33, 5)
+    at_once, stepwise = both("mlp", [1.0, 1.0], "patience")
+    got, wanted = at_once(x), stepwise(x)
+    assert torch.equal(got.exit, wanted.exit)
+    assert len(got.exit.unique()) > 1, "all at one exit would say little"
+
+
+def test_arrays_come_back_for_arrays() -> None:
+    x = example_of("cnn", 5, 1)
+    assert isinstance(x, Tensor)
+    (at_once, _) = both("cnn", [0.6, 0.6])
+    arrays, tensors = at_once(x.numpy()), at_once(x)
+    assert isinstance(arrays.logits, np.ndarray)
+    for name in ("logits", "score", "prediction", "exit"):
+        np.testing.assert_array_equal(getattr(arrays, name), getattr(tensors, name).numpy())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(size: int, bad: float) -> None:
+    x = example_of("cnn", size, 1)
+    assert isinstance(x, Tensor)
+    x[-1].view(-1)[3] = bad
+    (at_once, _) = both("cnn", [-math.inf, -math.inf])
+    with pytest.raises(DataError, match=f"row {size - 1} .* not finite"):
+        at_once(x)
+
+
+def test_large_values_are_finite() -> None:
+    """Their sum is not: they are looked at one by one then."""
+    (at_once, _) = both("mlp", [-math.inf, -math.inf])
+    x = torch.full_like(example_of("mlp", 2, 0), 3e37)
+    first = torch.isfinite(whole(case("mlp"), x)[0]).all()
+    if first:
+        assert at_once(x).exit.tolist() == [0, 0]
+    else:
+        with pytest.raises(DataError, match="overflows"):
+            at_once(x)
+    assert not math.isfinite(float(x.sum() * 1e3))
+
+
+def test_stages_are_loaded_again_when_they_are_wanted() -> None:
+    one, x = made("cnn"), example_of("cnn", 3, 1)
+    assert isinstance(one._calls, StepCalls)
+    one._calls.release()
+    exits = [result.logits for result in one.anytime(x)]
+    for got, wanted in zip(exits, whole(case("cnn"), x), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    one._calls.release()
+    assert one(x, deadline_ms=1e6).exit.shape == (3,)
+
+
+def test_the_slower_way_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = made("mlp").under(Policy("confidence", [0.5, 0.5]))
+    for slower, picked in ((0.5, True), (1.04, True), (1.5, False)):
+        times = {"whole": slower, "stepwise": 1.0}
+        monkeypatch.setattr(runner, "compare", lambda ways, times=times, **_: times)
+        one.measure()
+        assert one.in_one_call is picked
+
+
+def test_a_wrong_graph_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the wrong rows going on, no runner is made."""
+    take = onnx_rule._Rule._take
+
+    def upside_down(self: onnx_rule._Rule, value: str, axis: RowAxis | None, at: int) -> str:
+        turned = [self._constant([k]) for k in (-1, -1000, 0, -1)]  # from, to, axis, step
+        return take(self, self._add("Slice", [value, *turned]), axis, at)
+
+    monkeypatch.setattr(onnx_rule._Rule, "_take", upside_down)
+    one = case("mlp")
+    with pytest.raises(EqualityError, match="in one call"):
+        Runner(one.model, Policy("confidence", [0.5, 0.5]), one.example, engine="onnxruntime")
+
+
+def test_an_artifact_answers_in_one_call(tmp_path: Path) -> None:
+    one, x = case("encoder"), example_of("encoder", 9, 4)
+    scores = [torch.softmax(v, -1).max(-1).values for v in whole(one, x)[:-1]]
+    policy = Policy("confidence", [float(s.median()) for s in scores])
+    path = export(one.model, policy, one.example, tmp_path / "a.offramp")
+    loaded = load(path, OnnxRuntime(threads=1))
+    assert loaded._whole is not None
+    loaded.in_one_call = True
+    wanted = Runner(one.model, policy, one.example)(x)
+    got = loaded(x)
+    assert torch.equal(got.exit, wanted.exit)
+    torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_stages_of_an_artifact_that_was_damaged_since_are_refused(tmp_path: Path) -> None:
+    one = case("mlp")
+    path = export(one.model, Policy("confidence", [0.5, 0.5]), one.example, tmp_path / "a.offramp")
+    loaded = load(path)
+    assert isinstance(loaded._calls, StepCalls)
+    loaded._calls.release()
+    raw = bytearray((path / "model.onnx").read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (path / "model.onnx").write_bytes(raw)
+    with pytest.raises(ArtifactError, match=r"model\.onnx is damaged"):
+        next(loaded.anytime(example_of("mlp", 2, 0)))
