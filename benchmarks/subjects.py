@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks.vision_packages import prepare
 from offramp.build.model import MultiExitModel, attach
 from offramp.decide.policy import Policy
+from offramp.run.engines import Engine
 from offramp.run.runner import Runner
 from offramp.zoo import cifar_resnet
 
@@ -58,6 +59,12 @@ class Subject:
         if isinstance(made, dict):
             return {name: value.to(self.device) for name, value in made.items()}
         return made.to(self.device)
+
+    def arrays(self, rows: Rows, engine: Engine) -> Any:
+        """The rows as the kind of array that the engine computes on."""
+        if isinstance(rows, dict):
+            return {name: engine.array(value) for name, value in rows.items()}
+        return engine.array(rows)
 
     def model(self, data: Path | None) -> MultiExitModel:
         """With two exits at a third and two thirds of its cost."""

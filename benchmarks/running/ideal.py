@@ -44,9 +44,10 @@ def measure_ideal(
             chosen = runner.under(policy_for(runner, x, shares))
             exits = np.asarray(chosen(x).exit)
             pieces = _stages(chosen, x)
+            own = subject.arrays(x, runner.engine)
             times = compare(
                 {
-                    "runner": lambda chosen=chosen, x=x: chosen(x),
+                    "runner": lambda chosen=chosen, own=own: chosen(own),
                     "ideal": lambda pieces=pieces: _one_after_another(runner.engine, pieces),
                 },
                 repeats=200,
@@ -114,9 +115,10 @@ def measure_overhead(
     for batch in batches:
         x = subject.rows(batch)
         inputs = list(map(runner.engine.array, runner.call.of(x).tensors))
+        own = subject.arrays(x, runner.engine)
         times = compare(
             {
-                "runner": lambda x=x: runner(x),
+                "runner": lambda own=own: runner(own),
                 "bare": lambda inputs=inputs: runner.engine.wait(bare(inputs)[-1]),
             },
             repeats=200,
@@ -134,6 +136,7 @@ def measure_overhead(
                 "ratio": ratio,
                 "heads_share_of_macs": share,
                 "ratio_less_heads": ratio - share,
+                "in_one_call": runner.in_one_call,
             }
         )
     return found
@@ -142,18 +145,20 @@ def measure_overhead(
 def measure_compaction(
     subject: Subject, runner: Runner, batches: Sequence[int], seconds: float
 ) -> list[Row]:
-    """Where compacting is a loss: as the runner decides, always, and never."""
+    """Where compacting is a loss: the runner as it is, and stage by stage as it decides by its
+    measurement, always, and never."""
     always, never = StageTimes.none(), _Never((), ())
     found = []
     for batch in batches:
         x = subject.rows(batch)
         chosen = runner.under(policy_for(runner, x, MIXES["50/25/25"]))
         entered = [int((np.asarray(chosen(x).exit) >= k).sum()) for k in range(EXITS + 1)]
-        candidates = {}
+        own = subject.arrays(x, chosen.engine)
+        candidates = {"runner": lambda chosen=chosen, own=own: chosen(own)}
         for name, times in (("measured", chosen.times), ("always", always), ("never", never)):
             other = chosen.under(chosen.policy)
-            other.times = times
-            candidates[name] = lambda other=other, x=x: other(x)
+            other.times, other.in_one_call = times, False
+            candidates[name] = lambda other=other, own=own: other(own)
         times = compare(candidates, repeats=400, seconds=seconds, block=BLOCK)
         found.append(
             {
@@ -161,6 +166,7 @@ def measure_compaction(
                 "engine": runner.engine.name,
                 "batch": batch,
                 "entered": entered,
+                "in_one_call": chosen.in_one_call,
                 "compacts": [
                     chosen.times.compaction_pays(k, entered[k], entered[k + 1])
                     for k in range(EXITS)

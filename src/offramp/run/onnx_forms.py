@@ -1,4 +1,4 @@
-"""Operators that the ONNX exporter of torch takes in one form only, brought into it."""
+"""What the ONNX exporter of torch, or an engine, wants in another form, brought into it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.export import ExportedProgram
 
 __all__ = ["bring_into_form"]
 
+_ATEN = torch.ops.aten
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 RANK = 4  # (N, heads, L, D): the one that attention is exported in
 
@@ -20,12 +21,41 @@ def bring_into_form(program: ExportedProgram) -> None:
     Attention over ``(N, L, D)`` becomes attention of one head, and attention over more dimensions
     that are a batch to it, such as ``(B, windows, heads, L, D)``, has the first ones folded. What
     cannot be folded, since its mask is shared along one of them, stays for the exporter to refuse.
+
+    The largest softmax probability, spelt as eager torch is quickest with, becomes a softmax and
+    its maximum: two kernels of an engine instead of five.
     """
     graph = program.graph
     for node in list(graph.nodes):
         if node.target is _ATTENTION and _rank(node.args[0]) != RANK:
             _fold(graph, node)
+        elif node.target is _ATEN.reciprocal.default:
+            _largest_probability(graph, node)
+    graph.eliminate_dead_code()
     program.graph_module.recompile()
+
+
+def _largest_probability(graph: fx.Graph, node: fx.Node) -> None:
+    """``1 / sum exp(z - max z)``."""
+    chain = [node]
+    for target in (_ATEN.sum.dim_IntList, _ATEN.exp.default, _ATEN.sub.Tensor, _ATEN.amax.default):
+        source = chain[-1].args[-1 if target is _ATEN.amax.default else 0]
+        if not isinstance(source, fx.Node) or source.target is not target:
+            return
+        chain.append(source)
+    _, total, _, difference, largest = chain
+    logits = difference.args[0]
+    over_classes = ([-1], -1)
+    if not isinstance(logits, fx.Node) or largest.args[0] is not logits or len(total.args) > 2:
+        return
+    if total.args[1] not in over_classes or largest.args[1] not in over_classes:
+        return
+    with graph.inserting_before(node):
+        shares = graph.call_function(_ATEN.softmax.int, (logits, -1))
+        shares.meta = {"val": _tensor(logits)}
+        score = graph.call_function(_ATEN.amax.default, (shares, [-1]))
+        score.meta = {"val": _tensor(node)}
+    node.replace_all_uses_with(score)
 
 
 def _fold(graph: fx.Graph, node: fx.Node) -> None:
