@@ -32,7 +32,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import offramp
-from benchmarks.trained import RECIPES, ready, test_images, trained_resnet56
+from benchmarks.traces import fashion
+from benchmarks.trained import DATA, ready, test_images, trained_resnet56
 from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy, replay
 from offramp.run.chain import Step, chain
@@ -123,12 +124,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    name = "fashion_mnist"
-    model = trained_resnet56(name, given.data, given.runs / "trained")
-    images = RECIPES[name].images(given.data)
+    model = trained_resnet56(given.data, given.runs / "trained")
+    images = fashion()
     some = torch.randperm(len(images["train_x"]))[:RANGES]
     ranges = ready(images["train_x"][some]).numpy()
-    x, y = test_images(name, given.data)
+    x, y = test_images()
     order = torch.randperm(len(x))[: 2000 if given.quick else len(x)]
     halves = [list(zip(x[h].split(250), y[h].split(250), strict=True)) for h in order.chunk(2)]
     engines = {"float32": OnnxRuntime(threads=1), "int8": Quantised(ranges)}
@@ -148,7 +148,7 @@ def main() -> None:
         "schema": 1,
         "benchmark": "quantisation",
         "conditions": {
-            "data": RECIPES[name].data,
+            "data": DATA,
             "network": "ResNet-56",
             "places": list(model.places),
             "max_accuracy_drop": DROP,

@@ -37,7 +37,6 @@ from benchmarks.running.memory import measure_memory
 from benchmarks.running.onefile import measure_file
 from benchmarks.running.rival import measure_rival
 from benchmarks.subjects import MIXES, SMALL, SUBJECTS
-from benchmarks.trained import RECIPES
 from offramp.run.engines import Engine, OnnxRuntime, OpenVINO, Torch
 
 PACKAGES = ("torch", "onnxruntime", "onnx", "openvino", "transformers", "numpy")
@@ -117,7 +116,7 @@ def _stages(given: argparse.Namespace) -> dict[str, Any]:
     engines = ["onnxruntime"] if given.quick else list(ENGINES)
     engines = engines if given.device == "cpu" else ["torch"]
     batches = [1, 32] if given.quick else [1, 8, 32, 64]
-    seconds = 1.5 if given.quick else 3.0
+    seconds = 1.5 if given.quick else 2.0
     ideal, overhead = [], []
     for name in subjects:
         subject = replace(SUBJECTS[name], device=given.device)
@@ -139,8 +138,7 @@ def _compaction(given: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _earlyon(given: argparse.Namespace) -> dict[str, Any]:
     counts = {1: 200, 8: 400, 64: 640} if given.quick else {1: 1000, 8: 2000, 64: 2560}
-    names = ["fashion_mnist"] if given.quick else list(RECIPES)
-    return {name: measure_rival(name, given.data, given.runs, counts) for name in names}
+    return measure_rival(given.data, given.runs, counts)
 
 
 def _file(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -179,10 +177,8 @@ def summary(parts: dict[str, Any]) -> dict[str, float]:
             ]
             if values:
                 found[f"{kind}_b{batch}"] = max(values)
-    for name, race in parts.get("earlyon", {}).items():
-        suffix = "" if name == "fashion_mnist" else "_" + name
-        for row in race["rows"]:
-            found[f"earlyon_b{row['batch']}{suffix}"] = row["over_earlyon"]
+    for row in parts.get("earlyon", {"rows": []})["rows"]:
+        found[f"earlyon_b{row['batch']}"] = row["over_earlyon"]
     for row in parts.get("file", []):
         if row["network"] == "resnet18_64px":
             found["export_seconds_resnet18"] = row["export_and_proof_seconds"]

@@ -82,11 +82,13 @@ def _compaction(result: Result) -> str:
             " → ".join(map(str, row["entered"])),
             ", ".join("yes" if value else "no" for value in row["compacts"]),
             *(f"{1e3 * row[f'{name}_ms']:.0f}" for name in ("measured", "always", "never")),
+            "in one call" if row["in_one_call"] else "stage by stage",
+            f"{1e3 * row['runner_ms']:.0f}",
         ]
         for row in result["parts"]["compaction"]
     ]
     head = ["network", "batch", "rows that enter", "compacts, by measurement", "µs",
-            "µs, always", "µs, never"]  # fmt: skip
+            "µs, always", "µs, never", "the runner answers", "µs, runner"]  # fmt: skip
     return _table(head, rows)
 
 
@@ -125,23 +127,21 @@ def _memory(result: Result) -> str:
 
 def _earlyon(result: Result) -> str:
     rows = []
-    for race in result["parts"]["earlyon"].values():
-        for row in race["rows"]:
-            rate = {k: v["images_per_second"] for k, v in row.items() if isinstance(v, dict)}
-            rows.append(
-                [
-                    race["data"],
-                    str(row["batch"]),
-                    f"{100 * row['offramp_onnxruntime']['accuracy']:.1f} %",
-                    f"{100 * row['earlyon']['accuracy']:.1f} %",
-                    f"{rate['offramp_onnxruntime']:.0f}",
-                    f"{rate['offramp_torch']:.0f}",
-                    f"{rate['earlyon']:.0f}",
-                    f"**{row['over_earlyon']:.2f}×**",
-                    f"{row['over_earlyon_both_eager']:.2f}×",
-                ]
-            )
-    head = ["data", "batch", "accuracy", "accuracy, earlyon", "images/s, ONNX Runtime",
+    for row in result["parts"]["earlyon"]["rows"]:
+        rate = {k: v["images_per_second"] for k, v in row.items() if isinstance(v, dict)}
+        rows.append(
+            [
+                str(row["batch"]),
+                f"{100 * row['offramp_onnxruntime']['accuracy']:.1f} %",
+                f"{100 * row['earlyon']['accuracy']:.1f} %",
+                f"{rate['offramp_onnxruntime']:.0f}",
+                f"{rate['offramp_torch']:.0f}",
+                f"{rate['earlyon']:.0f}",
+                f"**{row['over_earlyon']:.2f}×**",
+                f"{row['over_earlyon_both_eager']:.2f}×",
+            ]
+        )
+    head = ["batch", "accuracy", "accuracy, earlyon", "images/s, ONNX Runtime",
             "images/s, eager torch", "images/s, earlyon", "over earlyon",
             "both on eager torch"]  # fmt: skip
     return _table(head, rows)

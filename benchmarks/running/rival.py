@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import offramp
 from benchmarks.running.bare import bare_call
-from benchmarks.trained import RECIPES, test_images, trained_resnet56
+from benchmarks.trained import DATA, test_images, trained_resnet56
 from benchmarks.vision_packages import prepare
 from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy
@@ -32,17 +32,16 @@ Row = dict[str, Any]
 Answering = Callable[[Tensor], np.ndarray]
 
 
-def measure_rival(name: str, data: Path, runs: Path, batches: dict[int, int]) -> Row:
+def measure_rival(data: Path, runs: Path, batches: dict[int, int]) -> Row:
     """One row for each batch size, and how the thresholds were chosen.
 
     Args:
-        name: of the network, as :mod:`benchmarks.trained` has it.
         data: the folder of data.
         runs: where the trained network and the rival's package are kept.
         batches: how many test images to time at each batch size.
     """
-    model = trained_resnet56(name, data, runs / "trained")
-    x, y = test_images(name, data)
+    model = trained_resnet56(data, runs / "trained")
+    x, y = test_images()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y = x[order], y[order]
     half = len(x) // 2
@@ -55,7 +54,7 @@ def measure_rival(name: str, data: Path, runs: Path, batches: dict[int, int]) ->
         candidates = _candidates(model, policy, x[:4], batch, runs)
         found.append(_race(candidates, x[half : half + count], y[half : half + count], batch))
     return {
-        "data": RECIPES[name].data,
+        "data": DATA,
         "places": list(model.places),
         "thresholds": list(policy.thresholds_for(model.num_exits)),
         "max_accuracy_drop": DROP,

@@ -154,17 +154,12 @@ def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime")
         links = [_link_from_json(step, threshold) for step, threshold in steps]
         file = onnx.load_from_string(parts[MODEL])
         _check_inputs(manifest, file)
-        call = _call(manifest)
-
-        def stages() -> list[bytes]:
-            """Read again, since they may be asked for long after: damaged parts are refused."""
-            again = {name: _part(folder, name, manifest) for name in _names(manifest)}
-            return _stages(again, onnx.load_from_string(again[MODEL]), links)
+        models, call = _stages(parts, file, links), _call(manifest)
 
         def calls_of(tried: Engine) -> Sequence[StepCall]:
             if not isinstance(tried, OnnxEngine):
                 return []
-            return tried.calls(file, links, stages, call.finite)
+            return tried.calls(file, links, models, call.finite)
 
         if executes is None:
             executes, calls = fastest(ENGINES, calls_of, links, call)

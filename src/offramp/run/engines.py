@@ -241,15 +241,15 @@ class OnnxEngine(_NumpyArrays):
         from offramp.run.onnx import convert, split
 
         model = convert(steps)
-        kept = _put_aside([one.SerializeToString() for one in split(model, steps)])
+        stages = [one.SerializeToString() for one in split(model, steps)]
         finite = [v.is_floating_point() and bool(v.isfinite().all()) for v in steps[0].example]
-        return self.calls(model, steps, kept, finite)
+        return self.calls(model, steps, stages, finite)
 
     def calls(
         self,
         model: onnx.ModelProto,
         links: Sequence[Link],
-        stages: Callable[[], Sequence[bytes]],
+        stages: Sequence[bytes],
         finite: Sequence[bool],
     ) -> StepCalls:
         """Converted steps, executable.
@@ -258,13 +258,15 @@ class OnnxEngine(_NumpyArrays):
             model: what :func:`offramp.run.onnx.convert` or :func:`~offramp.run.onnx_rule.connect`
                 made.
             links: the steps.
-            stages: reads the model of each of them.
+            stages: the model of each of them.
             finite: for each input of the model, whether it has to be finite.
         """
         from offramp.run.onnx_rule import join
 
+        kept = _put_aside(stages)
+
         def load() -> list[StepCall]:
-            return [self.session(one) for one in stages()]
+            return [self.session(one) for one in kept()]
 
         whole = None
         selects = any(axis.of for link in links for axis in link.rows.values() if axis is not None)
