@@ -45,3 +45,29 @@ def test_attention_over_any_number_of_dimensions(
         feed = {name: value.numpy() for name, value in zip(names, given, strict=True)}
         (got,) = session.run(None, feed)
         np.testing.assert_allclose(got, Attention()(*given).numpy(), atol=1e-6)
+
+
+class Largest(nn.Module):
+    """As a criterion spells it, or nearly so."""
+
+    def __init__(self, changed: bool) -> None:
+        super().__init__()
+        self.changed = changed
+
+    def forward(self, logits: Tensor) -> Tensor:
+        other = logits * 2 if self.changed else logits
+        relative = (other - logits.amax(dim=-1, keepdim=True)).exp()
+        return relative.sum(dim=-1).reciprocal()
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_largest_probability_is_that_of_a_softmax(changed: bool) -> None:
+    logits = 3 * torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    batch = Dim("batch", min=1)
+    program = torch.export.export(
+        Largest(changed), (logits,), dynamic_shapes=({0: batch},), strict=False
+    )
+    bring_into_form(program)
+    kinds = {node.target for node in program.graph.nodes}
+    assert (torch.ops.aten.softmax.int in kinds) is not changed
+    torch.testing.assert_close(program.module()(logits), Largest(changed)(logits))

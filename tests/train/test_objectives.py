@@ -16,6 +16,7 @@ from offramp.train.objectives import (
     CrossEntropy,
     Distill,
     Matched,
+    Objective,
     boosted,
     cross_entropy,
     distillation,
@@ -200,3 +201,26 @@ def test_wrong_floor() -> None:
 def test_uniform_logits_cost_log_of_the_classes() -> None:
     loss = exit_losses([torch.zeros(2, 8)], torch.tensor([1, 2]))
     assert loss.item() == pytest.approx(math.log(8))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        CrossEntropy(0.1),
+        Distill(),
+        Distill(teacher="ensemble"),
+        Boosting(),
+        Matched(Distill(CrossEntropy())),
+    ],
+    ids=str,
+)
+def test_mixed_precision_is_summed_in_full(objective: Objective, half: torch.dtype) -> None:
+    """Logits come in half precision there, and targets need not."""
+    outputs = [logits.detach().to(half) for logits in case()[0]]
+    labels = case()[1]
+    terms = objective([outputs[0], *(logits.float() for logits in outputs[1:])], labels)
+    assert terms.dtype == torch.float32
+    full = objective([logits.float() for logits in outputs], labels)
+    assert torch.equal(objective(outputs, labels), full)
+    assert torch.equal(terms, full)
