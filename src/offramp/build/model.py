@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from offramp.build.asking import named_inputs, wanted_inputs
 from offramp.build.batch import as_call, batch_size, take_rows
 from offramp.build.capture import Taps
-from offramp.build.cascade import PREVIOUS, asked_of, cascaded, core
+from offramp.build.cascade import PREVIOUS, asked_of, cascaded
 from offramp.build.cost import CostProfile, ExitCosts, ModuleCall, profile
 from offramp.build.flow import count_macs
-from offramp.build.heads import FunctionHead, TokenHead, make_head
+from offramp.build.heads import FunctionHead, make_head
 from offramp.build.layout import LAYOUTS, find_layout
 from offramp.build.outputs import ExitOutputs, LogitsFunction, find_logits
 from offramp.build.ownership import StageMap, map_stages
@@ -102,7 +102,7 @@ class MultiExitModel(nn.Module):
         for head, asked, feature in zip(self.heads, self._asked, features, strict=True):
             if self.cascade and logits:
                 named[PREVIOUS] = logits[-1].detach()
-            logits.append(head(feature, **_wanted_inputs(head, asked, feature, named)))
+            logits.append(head(feature, **wanted_inputs(head, feature, named, asked)))
         logits.append(find_logits(output, self._logits))
         loss = None
         if labels is not None:
@@ -213,29 +213,6 @@ def attach(
     )
 
 
-def named_inputs(
-    backbone: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """The tensors of a call by the names that the backbone's forward gives them."""
-    signature = inspect.signature(backbone.forward)
-    bound: dict[str, Any] = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            bound.update(bound.pop(name, {}))
-    return {name: value for name, value in bound.items() if isinstance(value, Tensor)}
-
-
-def _wanted_inputs(
-    head: nn.Module, asked: Sequence[str], feature: Tensor, named: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What a head asks for. A mask over other tokens than the feature's is of no use to ours."""
-    extra = {name: named[name] for name in asked if name in named}
-    mask = extra.get("attention_mask")
-    if isinstance(core(head), TokenHead) and mask is not None and mask.shape != feature.shape[:2]:
-        del extra["attention_mask"]
-    return extra
-
-
 def _wanted_heads(
     exits: Exits, heads: str | Sequence[HeadLike], places: Sequence[Place]
 ) -> list[HeadLike]:
@@ -304,7 +281,7 @@ def _try_head(
     """Run a head, compare what comes with (B, C), and count it."""
     flags = [(module, module.training) for module in head.modules()]
     head.eval()
-    extra = _wanted_inputs(head, asked_of(head), feature, named)
+    extra = wanted_inputs(head, feature, named)
     made: list[Any] = []
     try:
         macs = count_macs(lambda: made.append(head(feature, **extra)))
