@@ -20,9 +20,10 @@ from offramp.errors import HeadError, PlaceError
 
 __all__ = ["Candidate", "Dense", "attach_densely"]
 
-# From small to large. "conv" is the largest that the automatic placement would take. Of these a head
-# that costs more than this share of the backbone is not tried: it could hardly pay.
+# A head of our choice that costs more than this share of the backbone is not tried: it could hardly
+# pay.
 LARGEST = 0.1
+# From small to large. "conv" is the largest that the automatic placement would take.
 VECTOR_HEADS = ("linear", "mlp")
 TOKEN_HEADS = ("pool", "mlp")
 MAP_HEADS = ("pool", "conv:16", "conv")
