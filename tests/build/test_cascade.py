@@ -39,7 +39,7 @@ def by_hand(head, feature, previous, mask):
         seen = feature if inner.hidden is None else torch.relu(inner.hidden(feature))
     elif isinstance(inner, TokenHead):
         kept = mask[..., None].float()
-        seen = (inner.norm(feature) * kept).sum(1) / kept.sum(1)
+        seen = inner.norm((feature * kept).sum(1) / kept.sum(1))
     else:
         assert isinstance(inner, MapHead)
         seen = feature if inner.reduce is None else inner.reduce(feature)

@@ -103,13 +103,13 @@ def test_condensing_takes_no_parameters_and_little_space(name, shape, layout):
     assert torch.equal(head.classify(condensed), head(feature))
 
 
-def test_scale_and_shift_of_the_norm_mean_the_same_after_the_mean():
+def test_tokens_are_the_norm_of_their_mean():
     head = make_head("pool", torch.zeros(2, 6, 8), 3).eval()
     for parameter in head.parameters():
         nn.init.normal_(parameter)
     tokens, mask = torch.randn(2, 6, 8), torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
-    mean = torch.stack([head.norm(tokens[0, :3]).mean(0), head.norm(tokens[1]).mean(0)])
-    torch.testing.assert_close(head(tokens, mask), head.classifier(mean))
+    mean = torch.stack([tokens[0, :3].mean(0), tokens[1].mean(0)])
+    torch.testing.assert_close(head(tokens, mask), head.classifier(head.norm(mean)))
 
 
 def test_a_width_by_name():

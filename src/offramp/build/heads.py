@@ -139,9 +139,7 @@ class MapHead(TwoStepHead):
 
 
 class TokenHead(TwoStepHead):
-    """``(B, T, D)`` to ``(B, C)``: layer norm, one vector per sample, one or two linear layers.
-
-    Scale and shift of the norm come after the mean over the tokens, where they mean the same.
+    """``(B, T, D)`` to ``(B, C)``: one vector per sample, layer norm, one or two linear layers.
 
     Args:
         width: D.
@@ -168,14 +166,14 @@ class TokenHead(TwoStepHead):
     ) -> Tensor:
         """One standardised vector per sample, ``(B, D)``."""
         if self.class_token:
-            feature = feature[:, 0]
-        even = functional.layer_norm(feature, self.norm.normalized_shape, eps=self.norm.eps)
-        if self.class_token:
-            return even
-        if attention_mask is None:
-            return even.mean(1)
-        weight = (attention_mask != 0).to(feature.dtype).unsqueeze(-1)
-        return (even * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+            pooled = feature[:, 0]
+        elif attention_mask is None:
+            pooled = feature.mean(1)
+        else:  # as a product of matrices, which is quicker than to weigh every token first
+            counts = (attention_mask != 0).to(feature.dtype)
+            share = counts / counts.sum(1, keepdim=True).clamp(min=1.0)
+            pooled = torch.bmm(share.unsqueeze(1), feature).squeeze(1)
+        return functional.layer_norm(pooled, self.norm.normalized_shape, eps=self.norm.eps)
 
     def classify(self, condensed: Tensor) -> Tensor:
         """``(B, D)`` to ``(B, C)``."""
