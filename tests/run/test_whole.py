@@ -31,9 +31,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep
 @cache
 def made(kind: str, criterion: str = "confidence") -> Runner:
     one = case(kind)
-    return Runner(
-        one.model, Policy(criterion, [0.5, 0.5]), one.example, engine=OnnxRuntime(threads=1)
-    )
+    with pytest.MonkeyPatch.context() as patch:  # no timing decides what a test tests
+        patch.setattr(runner, "compare", lambda ways, **_: dict.fromkeys(ways, 1.0))
+        return Runner(
+            one.model, Policy(criterion, [0.5, 0.5]), one.example, engine=OnnxRuntime(threads=1)
+        )
 
 
 def both(kind: str, thresholds: list[float], criterion: str = "confidence") -> tuple[Runner, ...]:
@@ -121,12 +123,15 @@ def test_stages_are_loaded_again_when_they_are_wanted() -> None:
 
 
 def test_the_slower_way_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = made("mlp").under(Policy("confidence", [0.5, 0.5]))
+    monkeypatch.setattr(runner, "compare", lambda ways, **_: dict.fromkeys(ways, 1.0))
+    mlp = case("mlp")
+    one = Runner(mlp.model, Policy("confidence", [0.5, 0.5]), mlp.example, engine="onnxruntime")
     for slower, picked in ((0.5, True), (1.04, True), (1.5, False)):
         times = {"whole": slower, "stepwise": 1.0}
         monkeypatch.setattr(runner, "compare", lambda ways, times=times, **_: times)
         one.measure()
         assert one.in_one_call is picked
+        assert (one._whole is not None) is picked, "both would take the memory twice"
 
 
 def test_a_wrong_graph_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,16 +148,16 @@ def test_a_wrong_graph_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         Runner(one.model, Policy("confidence", [0.5, 0.5]), one.example, engine="onnxruntime")
 
 
-def test_an_artifact_answers_in_one_call(tmp_path: Path) -> None:
+def test_an_artifact_answers_in_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, x = case("encoder"), example_of("encoder", 9, 4)
     scores = [torch.softmax(v, -1).max(-1).values for v in whole(one, x)[:-1]]
     middle = [float(s.sort().values[3:5].mean()) for s in scores]
     assert len({*middle}) == 2
     policy = Policy("confidence", middle)
     path = export(one.model, policy, one.example, tmp_path / "a.offramp")
+    monkeypatch.setattr(runner, "compare", lambda ways, **_: dict.fromkeys(ways, 1.0))
     loaded = load(path, OnnxRuntime(threads=1))
-    assert loaded._whole is not None
-    loaded.in_one_call = True
+    assert loaded.in_one_call
     wanted = Runner(one.model, policy, one.example)(x)
     got = loaded(x)
     assert torch.equal(got.exit, wanted.exit)

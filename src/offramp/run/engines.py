@@ -74,6 +74,9 @@ class Engine(ABC):
         """The batch size, ``rows`` or more, at which a step runs when ``rows`` are wanted."""
         return rows
 
+    def trim(self, call: StepCall, inputs: Sequence[Array]) -> None:  # noqa: B027
+        """Give back memory that earlier calls left behind, by a call on a small batch."""
+
     @abstractmethod
     def scatter(self, out: Array | None, value: Array, rows: np.ndarray, samples: int) -> Array:
         """Write ``value`` (R, ...) at ``rows`` of ``out`` (samples, ...), made when ``None``."""
@@ -320,14 +323,33 @@ class OnnxRuntime(OnnxEngine):
             )
         except Exception as error:  # its errors share no base but this
             raise _cannot("ONNX Runtime", error) from error
+        return _Session(session)
+
+    def trim(self, call: StepCall, inputs: Sequence[Array]) -> None:
+        """As in :class:`Engine`."""
+        if isinstance(call, _Session):
+            call.trim(inputs)
+
+
+class _Session:
+    """A session of ONNX Runtime as a function over arrays."""
+
+    def __init__(self, session: Any) -> None:  # noqa: ANN401
+        self._session = session
         # Inputs with a default (the thresholds of a file) come last, and need not be given.
         known = (*session.get_inputs(), *session.get_overridable_initializers())
-        names = [value.name for value in known]
+        self._names = [value.name for value in known]
 
-        def call(values: Sequence[Array]) -> list[Array]:
-            return list(session.run(None, dict(zip(names, values, strict=False))))
+    def __call__(self, values: Sequence[Array]) -> list[Array]:
+        return list(self._session.run(None, dict(zip(self._names, values, strict=False))))
 
-        return call
+    def trim(self, values: Sequence[Array]) -> None:
+        """Run once, and then give back what the arena holds."""
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._session.run(None, dict(zip(self._names, values, strict=False)), options)
 
 
 def _cannot(what: str, error: Exception) -> StageError:

@@ -172,21 +172,31 @@ class Runner:
             self.engine, self._links, self._calls, self.call, self._compact, batch
         )
         self.in_one_call = self._whole is not None and self._one_call_pays(batch)
-        if self.in_one_call and isinstance(self._calls, StepCalls):
+        inputs = [self.engine.array(v) for v in self._some(1)]
+        if self._whole is not None and self.in_one_call and isinstance(self._calls, StepCalls):
             self._calls.release()
+            self._whole.trim(inputs)
+        else:
+            self._whole = None  # not both are held in memory
+            if isinstance(self._calls, StepCalls):
+                self._calls.whole = None
+            self.engine.trim(self._calls[0], inputs)
+
+    def _some(self, rows: int) -> list[Tensor]:
+        """The example's tensors, repeated to that many samples where that can be done."""
+        samples = samples_of(self.call.tensors, self._selector)
+        return take_samples(self.call.tensors, torch.arange(rows) % samples, self._selector)
 
     def _one_call_pays(self, batch: int) -> bool:
         """Whether all stages in one call are as fast: nobody leaving, and all at the first exit.
 
         Stage by stage it has to be clearly faster, since then both are not held in memory.
         """
-        samples = samples_of(self.call.tensors, None)
         slower = []
         for size, threshold in itertools.product((1, batch), (math.inf, -math.inf)):
             if sum(line.at(size) for line in self.times.stages) > SLOW:
                 continue  # what happens between the stages does not count
-            rows = torch.arange(size) % samples
-            inputs = [self.engine.array(v) for v in take_samples(self.call.tensors, rows, None)]
+            inputs = [self.engine.array(v) for v in self._some(size)]
             links = [replace(link, threshold=threshold) for link in self._links[:-1]]
             other = self._with((*links, self._links[-1]))
             ways = {"whole": partial(other._whole or other._stepwise, inputs)}

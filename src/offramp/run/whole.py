@@ -39,6 +39,10 @@ class Whole:
         """The same call under the thresholds of other links."""
         return Whole(self._engine, self._call, links)
 
+    def trim(self, inputs: Sequence[Array]) -> None:
+        """As in :class:`offramp.run.engines.Engine`."""
+        self._engine.trim(self._call, [*inputs, *self._limits])
+
     def __call__(self, inputs: Sequence[Array]) -> Answer:
         """The answers to a batch."""
         check, *said = self._call([*inputs, *self._limits])
