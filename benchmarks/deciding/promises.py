@@ -124,7 +124,7 @@ class Drawn(Ground):
             self._losses[name] = scored.subset(rows), values[:, rows]
         self._given = path
 
-    def path(self, labelled: bool) -> list[Tensor]:
+    def settings(self, labelled: bool) -> list[Tensor]:
         """The path that was given."""
         return self._given
 
