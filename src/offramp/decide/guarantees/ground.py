@@ -49,6 +49,7 @@ class Ground:
             )
         self.trace, self.rule, self.other, self.seed = trace, rule, path, seed
         self._losses: dict[str, tuple[Scored, Tensor]] = {}
+        self._costs: dict[tuple[float, ...], float] = {}
         self._changes: dict[str, Changes] = {}
         self._paths: dict[bool, Path | None] = {}
 
@@ -86,6 +87,14 @@ class Ground:
         if risk.name not in self._losses:
             self._losses[risk.name] = losses(self.trace, self.rule, risk)
         return self._losses[risk.name]
+
+    def cost(self, thresholds: Tensor) -> float:
+        """The mean cost under thresholds (E - 1,)."""
+        key = tuple(thresholds.tolist())
+        if key not in self._costs:
+            scored, _ = next(iter(self._losses.values()))
+            self._costs[key] = scored.cost(thresholds)
+        return self._costs[key]
 
     @cached_property
     def sweep(self) -> Sweep:

@@ -76,6 +76,7 @@ class Path:
         self._step = max(1, BLOCK // int(self.rows.sum()))
         self._tested = scored.subset(self.rows)
         self._taken: dict[int, Tensor] = {}
+        self._counted: dict[tuple[str, int], Tensor] = {}
 
     def passing(self, test: Test, losses: Tensor, error: float) -> Iterator[bool]:
         """Setting by setting, whether every group passes.
@@ -85,14 +86,23 @@ class Path:
             losses: (E, N) float64.
             error: of each setting.
         """
-        losses = losses[:, self.rows]
         for start in range(0, len(self.settings), self._step):
-            features = test.features(losses.gather(0, self._exits(start).long()))
-            passes = torch.ones(features.shape[1], dtype=torch.bool)
-            for group in self.groups:
-                sums = (features * group).sum(2)
-                passes &= test.passes(sums, int(group.sum()), error)
+            sums = self._sums(test, losses, start)
+            passes = torch.ones(sums.shape[2], dtype=torch.bool)
+            for total, group in zip(sums, self.groups, strict=True):
+                passes &= test.passes(total, int(group.sum()), error)
             yield from passes.tolist()
+
+    def _sums(self, test: Test, losses: Tensor, start: int) -> Tensor:
+        """(G, F, S) the features' sums over each group under some of the settings."""
+        key = (test.risk.name, start)
+        if key in self._counted:
+            return self._counted[key]
+        features = test.features(losses[:, self.rows].gather(0, self._exits(start).long()))
+        sums = torch.stack([(features * group).sum(2) for group in self.groups])
+        if test.risk.whole:  # counts, whatever the bound
+            self._counted[key] = sums
+        return sums
 
     def _exits(self, start: int) -> Tensor:
         """(S, n) the exits under some of the settings, kept for the next promise."""

@@ -130,10 +130,10 @@ def promised(trace: Trace, rule: Criterion, promise: Promise, ground: Ground | N
         testing = down_the_path if promise.testing == "fixed-sequence" else best_of_all
         other = testing(path, test, values, portion)
         found |= {} if other is None else {"learned": other}
-    way = min(found, key=lambda name: scored.cost(found[name]), default="none")
+    way = min(found, key=lambda name: ground.cost(found[name]), default="none")
     thresholds = found.get(way, off)
     way = "none" if torch.equal(thresholds, off) else way
-    needed = test.needed(ground.smallest, error - portion)
+    needed = test.needed(ground.smallest, error - portion) if way == "none" else None
     return Kept(thresholds, scored, values, way, test.kind, needed, bool(found))
 
 
