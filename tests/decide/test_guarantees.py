@@ -200,8 +200,11 @@ def slow_walk(scored, test, losses, groups, error):
 
 @pytest.mark.parametrize("name", ["disagreement", "accuracy gap", "brier gap", "error rate"])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_the_walk_returns_the_last_that_passed(name, grouped):
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_walk_returns_the_last_that_passed(name, grouped, tied):
     trace = random_trace(300)
+    if tied:  # few distinct scores, whose samples move together
+        trace = replace(trace, logits=(trace.logits / 2).round() * 2)
     if grouped:
         trace = replace(trace, groups=(torch.arange(300) % 7 == 0).long())
     risk = Risk.named(name)
@@ -235,7 +238,44 @@ def test_paths_are_tested_in_order_or_all_at_once():
     assert torch.equal(down_the_path(way, test, values, 0.1), path[1])
     assert torch.equal(best_of_all(way, test, values, 0.1), path[3])
     values[3] = 1.0
-    assert down_the_path(way, test, values, 0.1) is None
+    again = Path(path, scored, [torch.ones(400, dtype=torch.bool)])
+    assert down_the_path(again, test, values, 0.1) is None
+
+
+def test_every_group_has_to_pass_on_a_path():
+    trace = random_trace(400)
+    scored = score(trace, Confidence())
+    few = torch.arange(400) < 100
+    values = torch.zeros(4, 400, dtype=torch.float64)
+    values[1, :100] = 1.0  # leaving at exit 1 is a loss for the few alone
+    values[0, 100:108] = 1.0  # and at exit 0 for 8 of the many: rare enough
+    path = [
+        torch.tensor([math.inf] * 3),
+        torch.tensor([-math.inf] * 3),
+        torch.tensor([math.inf, -math.inf, math.inf]),
+    ]
+    test = Test(Risk.named("disagreement"), 0.05)
+    together = Path(path, scored, [torch.ones(400, dtype=torch.bool)])
+    each = Path(path, scored, [few, ~few])
+    for _ in range(2):  # the second time from what is kept
+        assert list(together.passing(test, values, 0.1)) == [True, True, False]
+        assert list(each.passing(test, values, 0.1)) == [True, True, False]
+    strict = Test(Risk.named("disagreement"), 0.02)
+    assert list(each.passing(strict, values, 0.1))[1:] == [False, False]
+    many = Path(path, scored, [~few])
+    assert list(many.passing(test, values, 0.1)) == [True, True, True]
+
+
+@pytest.mark.parametrize("name", ["accuracy gap", "disagreement"])
+def test_bets_on_counts_are_bets_on_samples(name):
+    risk, bound = Risk.named(name), 0.05
+    test = Test(risk, bound, "betting")
+    losses = torch.tensor([1.0, 0.0, 0.0, 1.0, -1.0 if risk.low < 0 else 0.0, *[0.0] * 60])
+    single = betting_log_wealth(losses, bound, bets(bound, risk.low, risk.high)).sum(1)
+    wealth = math.log(float(single.exp().mean()))
+    sums = test.features(losses).sum(1, keepdim=True)
+    for error in (math.exp(-wealth) * 1.001, math.exp(-wealth) * 0.999):
+        assert bool(test.passes(sums, len(losses), error)[0]) == (wealth >= -math.log(error))
 
 
 def test_conformal_is_the_formula():

@@ -83,7 +83,7 @@ class Path:
 
         Args:
             test: the claim.
-            losses: (E, N) float64.
+            losses: (E, N) float64, for one risk always the same: its counts are kept.
             error: of each setting.
         """
         for start in range(0, len(self.settings), self._step):
