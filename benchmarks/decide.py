@@ -4,8 +4,8 @@
 
 ``--data`` holds ``traces/cifar10_two_exits.csv``; ``--traces`` the two traces that
 ``benchmarks/traces.py`` records. Everything on one thread. Sections are written as they come;
-``--only SECTION`` does one anew, ``--on NAME`` does so for one trace or population, and the rest is
-kept. ``--quick``: a sample, in under two minutes.
+``--only SECTION`` does one anew, ``--on NAME`` does so for one trace or population, ``--rule NAME``
+for one rule, and the rest is kept. ``--quick``: a sample, in under two minutes.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.deciding import budgets, promises
 from benchmarks.deciding.equality import check_equality
+from benchmarks.deciding.rules import RULES
 from benchmarks.deciding.sources import FIRST, RECORDED, SHAPES, recorded, two_exits
 from benchmarks.deciding.speed import measure
 from offramp.decide import Trace
@@ -67,17 +68,18 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=HERE / "results" / "decide.json")
     parser.add_argument("--only", action="append", choices=sorted(SECTIONS), metavar="SECTION")
     parser.add_argument("--on", action="append", choices=NAMES, metavar="NAME")
+    parser.add_argument("--rule", action="append", choices=list(RULES), metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # of the exporter, about operators of its own
     names = given.only or list(SECTIONS)
-    wanted = set(given.on or NAMES)
+    wanted = set(given.on or NAMES) | set(given.rule or RULES)
     for name in names:
         begin = time.perf_counter()
         found = SECTIONS[name](_traces(given.data, given.traces, wanted), wanted, given.quick)
         found["seconds"] = {name: round(time.perf_counter() - begin)}
-        anew = not (given.only or given.on) and name == names[0]
+        anew = not (given.only or given.on or given.rule) and name == names[0]
         _write(given.json, found, given.quick, anew=anew)
     print(json.dumps(json.loads(given.json.read_text("utf-8"))["summary"], indent=1))
 
@@ -101,7 +103,8 @@ def _methods(traces: Traces, wanted: set[str], quick: bool) -> dict[str, Any]:
 
 def _rules(traces: Traces, wanted: set[str], quick: bool) -> dict[str, Any]:
     many = {name: trace for name, trace in traces().items() if trace.num_exits >= budgets.MANY}
-    halves, names = (QUICK["halves"], QUICK["rules"]) if quick else (HALVES, None)
+    halves, every = (QUICK["halves"], QUICK["rules"]) if quick else (HALVES, RULES)
+    names = [name for name in every if name in wanted]
     return {"rules": budgets.compare_rules(many, halves, _say, names)}
 
 
@@ -210,12 +213,12 @@ def _write(path: Path, found: dict[str, Any], quick: bool, *, anew: bool) -> Non
 def _merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The new rows, and the old ones of traces that are not done anew."""
 
-    def about(row: dict[str, Any]) -> str:
-        return str(row.get("trace") or row["population"])
+    def about(row: dict[str, Any]) -> tuple[str, str | None]:
+        return str(row.get("trace") or row["population"]).removesuffix(", halves"), row.get("rule")
 
     done = {about(row) for row in new}
     rows = [row for row in old if about(row) not in done] + new
-    return sorted(rows, key=lambda row: NAMES.index(about(row).removesuffix(", halves")))
+    return sorted(rows, key=lambda row: NAMES.index(about(row)[0]))
 
 
 def _processor() -> str:
