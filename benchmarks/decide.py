@@ -3,8 +3,9 @@
     python benchmarks/decide.py --data DIR --json benchmarks/results/decide.json
 
 ``--data`` holds ``traces/cifar10_two_exits.csv``; ``--traces`` the two traces that
-``benchmarks/traces.py`` records. Everything on one thread. Sections are written as they come, and
-``--only SECTION`` does one anew and keeps the others. ``--quick``: a sample, in under two minutes.
+``benchmarks/traces.py`` records. Everything on one thread. Sections are written as they come;
+``--only SECTION`` does one anew, ``--on NAME`` does so for one trace or population, ``--rule NAME``
+for one rule, and the rest is kept. ``--quick``: a sample, in under two minutes.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.deciding import budgets, promises
 from benchmarks.deciding.equality import check_equality
+from benchmarks.deciding.rules import RULES
 from benchmarks.deciding.sources import FIRST, RECORDED, SHAPES, recorded, two_exits
 from benchmarks.deciding.speed import measure
 from offramp.decide import Trace
@@ -52,7 +54,11 @@ QUICK: dict[str, Any] = {
     "equality": {"confidence", "patience", "geometric"},
 }
 
-Section = Callable[[dict[str, Trace], bool], dict[str, Any]]
+NAMES = [*SHAPES, "cifar10_two_exits", *RECORDED]  # of populations and traces
+TRACED = ("methods", "rules", "promises", "costs")  # rows of a trace or population
+
+Traces = Callable[[], dict[str, Trace]]
+Section = Callable[[Traces, set[str], bool], dict[str, Any]]
 
 
 def main() -> None:
@@ -61,55 +67,71 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, default=HERE.parent / "runs" / "traces")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "decide.json")
     parser.add_argument("--only", action="append", choices=sorted(SECTIONS), metavar="SECTION")
+    parser.add_argument("--on", action="append", choices=NAMES, metavar="NAME")
+    parser.add_argument("--rule", action="append", choices=list(RULES), metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # of the exporter, about operators of its own
-    traces = {"cifar10_two_exits": two_exits(given.data)}
-    traces |= {name: recorded(name, given.traces) for name in RECORDED}
-    for name in given.only or SECTIONS:
+    names = given.only or list(SECTIONS)
+    wanted = set(given.on or NAMES) | set(given.rule or RULES)
+    for name in names:
         begin = time.perf_counter()
-        found = SECTIONS[name](traces, given.quick)
+        found = SECTIONS[name](_traces(given.data, given.traces, wanted), wanted, given.quick)
         found["seconds"] = {name: round(time.perf_counter() - begin)}
-        _write(given.json, found, given.quick, anew=not given.only and name == next(iter(SECTIONS)))
+        anew = not (given.only or given.on or given.rule) and name == names[0]
+        _write(given.json, found, given.quick, anew=anew)
     print(json.dumps(json.loads(given.json.read_text("utf-8"))["summary"], indent=1))
 
 
-def _methods(traces: dict[str, Trace], quick: bool) -> dict[str, Any]:
+def _traces(data: Path, folder: Path, wanted: set[str]) -> Traces:
+    """What reads the traces that are wanted, once a section needs them."""
+
+    def read() -> dict[str, Trace]:
+        traces = {"cifar10_two_exits": two_exits(data)} if "cifar10_two_exits" in wanted else {}
+        return traces | {name: recorded(name, folder) for name in RECORDED if name in wanted}
+
+    return read
+
+
+def _methods(traces: Traces, wanted: set[str], quick: bool) -> dict[str, Any]:
     if not quick:
-        return {"methods": budgets.compare_methods(traces, HALVES, _say)}
+        return {"methods": budgets.compare_methods(traces(), HALVES, _say)}
     sample = (QUICK["criteria"], QUICK["budgets"])
-    return {"methods": budgets.compare_methods(traces, QUICK["halves"], _say, *sample)}
+    return {"methods": budgets.compare_methods(traces(), QUICK["halves"], _say, *sample)}
 
 
-def _rules(traces: dict[str, Trace], quick: bool) -> dict[str, Any]:
-    many = {name: trace for name, trace in traces.items() if trace.num_exits >= budgets.MANY}
-    halves, names = (QUICK["halves"], QUICK["rules"]) if quick else (HALVES, None)
+def _rules(traces: Traces, wanted: set[str], quick: bool) -> dict[str, Any]:
+    many = {name: trace for name, trace in traces().items() if trace.num_exits >= budgets.MANY}
+    halves, every = (QUICK["halves"], QUICK["rules"]) if quick else (HALVES, RULES)
+    names = [name for name in every if name in wanted]
     return {"rules": budgets.compare_rules(many, halves, _say, names)}
 
 
-def _promises(traces: dict[str, Trace], quick: bool) -> dict[str, Any]:
+def _promises(traces: Traces, wanted: set[str], quick: bool) -> dict[str, Any]:
     populations = {
-        name: promises.Population(make(), SIZE, again=True) for name, make in SHAPES.items()
+        name: promises.Population(make(), SIZE, again=True)
+        for name, make in SHAPES.items()
+        if name in wanted
     }
-    for name, trace in traces.items():
+    for name, trace in traces().items():
         half = trace.num_samples // 2
         populations[f"{name}, halves"] = promises.Population(trace, half, again=False)
     if not quick:
         valid, costs = promises.check(populations, DRAWS, _say)
     else:
-        populations = {name: populations[name] for name in QUICK["populations"]}
+        populations = {k: v for k, v in populations.items() if k in QUICK["populations"]}
         valid, costs = promises.check(
             populations, QUICK["draws"], _say, epsilons=QUICK["epsilons"], paths=2
         )
     return {"promises": valid, "costs": costs}
 
 
-def _speed(traces: dict[str, Trace], quick: bool) -> dict[str, Any]:
+def _speed(traces: Traces, wanted: set[str], quick: bool) -> dict[str, Any]:
     return {"speed": measure(QUICK["sizes"] if quick else SIZES, _say)}
 
 
-def _equality(traces: dict[str, Trace], quick: bool) -> dict[str, Any]:
+def _equality(traces: Traces, wanted: set[str], quick: bool) -> dict[str, Any]:
     return {"equality": check_equality(_say, QUICK["equality"] if quick else None)}
 
 
@@ -161,6 +183,8 @@ def _write(path: Path, found: dict[str, Any], quick: bool, *, anew: bool) -> Non
     rows: dict[str, Any] = {"seconds": {}}
     if not anew and path.exists():
         rows = json.loads(path.read_text("utf-8"))["rows"]
+    for name in set(TRACED) & set(found) & set(rows):
+        found[name] = _merged(rows[name], found[name])
     rows |= found | {"seconds": rows.get("seconds", {}) | found["seconds"]}
     result = {
         "schema": 1,
@@ -184,6 +208,17 @@ def _write(path: Path, found: dict[str, Any], quick: bool, *, anew: bool) -> Non
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     os.replace(part, path)
+
+
+def _merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The new rows, and the old ones of traces that are not done anew."""
+
+    def about(row: dict[str, Any]) -> tuple[str, str | None]:
+        return str(row.get("trace") or row["population"]).removesuffix(", halves"), row.get("rule")
+
+    done = {about(row) for row in new}
+    rows = [row for row in old if about(row) not in done] + new
+    return sorted(rows, key=lambda row: NAMES.index(about(row)[0]))
 
 
 def _processor() -> str:

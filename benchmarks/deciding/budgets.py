@@ -52,7 +52,7 @@ def compare_methods(
 
 
 def compare_rules(
-    traces: dict[str, Trace], halves: int, say: Say, names: Sequence[str] | None = None
+    traces: dict[str, Trace], halves: int, say: Say, names: Sequence[str]
 ) -> list[Row]:
     """One row for each trace and rule at 40 % of the cost, beside max-softmax with geometric."""
     rows = []
@@ -61,7 +61,7 @@ def compare_rules(
         for half in range(halves):
             fit, test = trace.split(0.5, seed=half)
             base.append(_at(fit, test, RULES["confidence"](fit, AT), AT, "geometric"))
-        for wanted in names or RULES:
+        for wanted in names:
             make, seen = RULES[wanted], []
             for half in range(halves):
                 fit, test = trace.split(0.5, seed=half)

@@ -124,7 +124,7 @@ class Drawn(Ground):
             self._losses[name] = scored.subset(rows), values[:, rows]
         self._given = path
 
-    def path(self, labelled: bool) -> list[Tensor]:
+    def settings(self, labelled: bool) -> list[Tensor]:
         """The path that was given."""
         return self._given
 
@@ -190,8 +190,7 @@ def summarise(valid: list[Row], dear: list[Row]) -> dict[str, Any]:
     cells = {(row["population"], row["epsilon"], row["confidence"]) for row in dear}
     cost = {_cell(row): row["cost"] for row in dear}
     over = [
-        cost[*cell, OURS] / min(cost[*cell, method] for method in safe) - 1
-        for cell in sorted(cells)
+        cost[*cell, OURS] / min(cost[*cell, method] for method in safe) for cell in sorted(cells)
     ]
     return {
         "violations_excess": sum(row["violations"] > row["allowed"] for row in valid),

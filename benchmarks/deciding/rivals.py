@@ -49,7 +49,7 @@ class Rivals:
             ("LTT, Hoeffding-Bentkus", "hoeffding-bentkus"),
             ("LTT, exact", "score"),
         ):
-            count, _ = walk(sweep, Test(RISK, epsilon, kind), self.values, groups, error)
+            count, _ = walk(self.ground.changes(RISK), Test(RISK, epsilon, kind), groups, error)
             found[name] = sweep.threshold(count)
         if self.slow:
             found["UCB"] = self._ucb(epsilon, error)

@@ -97,11 +97,13 @@ def not_monotone() -> Trace:
     logits *= 0.5  # the others come after these
     other = (labels + 1) % CLASSES
     logits[0, fooled] = 0
-    logits[0, fooled, other[fooled]] = 13.0 + 2 * torch.rand(len(fooled))
+    logits[0, fooled, other[fooled]] = (
+        13.0 + 2 * torch.from_numpy(random.random(len(fooled))).float()
+    )
     logits[1:, won] = 0
     logits[1:, won, other[won]] = 9.0
     logits[0, won] = 0
-    logits[0, won, labels[won]] = 8.0 + 2 * torch.rand(len(won))
+    logits[0, won, labels[won]] = 8.0 + 2 * torch.from_numpy(random.random(len(won))).float()
     return _trace(logits, labels, "not monotone")
 
 

@@ -26,7 +26,7 @@ from offramp.decide.guarantees.bounded import bets, betting_log_wealth, hoeffdin
 from offramp.decide.guarantees.exact import ScoreTest, binomial_limit, enough, score_test
 from offramp.decide.guarantees.expectation import conformal
 from offramp.decide.guarantees.ground import Ground
-from offramp.decide.guarantees.paths import best_of_all, down_the_path
+from offramp.decide.guarantees.paths import Path, best_of_all, down_the_path
 from offramp.decide.guarantees.sweep import Sweep, walk
 from offramp.decide.guarantees.verdicts import Test
 from offramp.decide.scored import score
@@ -200,8 +200,11 @@ def slow_walk(scored, test, losses, groups, error):
 
 @pytest.mark.parametrize("name", ["disagreement", "accuracy gap", "brier gap", "error rate"])
 @pytest.mark.parametrize("grouped", [False, True])
-def test_the_walk_returns_the_last_that_passed(name, grouped):
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_walk_returns_the_last_that_passed(name, grouped, tied):
     trace = random_trace(300)
+    if tied:  # few distinct scores, whose samples move together
+        trace = replace(trace, logits=(trace.logits / 2).round() * 2)
     if grouped:
         trace = replace(trace, groups=(torch.arange(300) % 7 == 0).long())
     risk = Risk.named(name)
@@ -209,7 +212,7 @@ def test_the_walk_returns_the_last_that_passed(name, grouped):
     scored, values = ground.losses(risk)
     for bound in (0.05, 0.15, 0.3):
         test = Test(risk, bound)
-        count, possible = walk(ground.sweep, test, values, ground.groups, 0.1)
+        count, possible = walk(ground.changes(risk), test, ground.groups, 0.1)
         wanted = slow_walk(scored, test, values, ground.groups, 0.1)
         assert possible == (wanted is not None)
         if wanted is not None:
@@ -231,11 +234,48 @@ def test_paths_are_tested_in_order_or_all_at_once():
         torch.tensor([-math.inf] * 3),
     ]
     test = Test(Risk.named("disagreement"), 0.05)
-    groups = [torch.ones(400, dtype=torch.bool)]
-    assert torch.equal(down_the_path(path, scored, test, values, groups, 0.1), path[1])
-    assert torch.equal(best_of_all(path, scored, test, values, groups, 0.1), path[3])
+    way = Path(path, scored, [torch.ones(400, dtype=torch.bool)])
+    assert torch.equal(down_the_path(way, test, values, 0.1), path[1])
+    assert torch.equal(best_of_all(way, test, values, 0.1), path[3])
     values[3] = 1.0
-    assert down_the_path(path, scored, test, values, groups, 0.1) is None
+    again = Path(path, scored, [torch.ones(400, dtype=torch.bool)])
+    assert down_the_path(again, test, values, 0.1) is None
+
+
+def test_every_group_has_to_pass_on_a_path():
+    trace = random_trace(400)
+    scored = score(trace, Confidence())
+    few = torch.arange(400) < 100
+    values = torch.zeros(4, 400, dtype=torch.float64)
+    values[1, :100] = 1.0  # leaving at exit 1 is a loss for the few alone
+    values[0, 100:108] = 1.0  # and at exit 0 for 8 of the many: rare enough
+    path = [
+        torch.tensor([math.inf] * 3),
+        torch.tensor([-math.inf] * 3),
+        torch.tensor([math.inf, -math.inf, math.inf]),
+    ]
+    test = Test(Risk.named("disagreement"), 0.05)
+    together = Path(path, scored, [torch.ones(400, dtype=torch.bool)])
+    each = Path(path, scored, [few, ~few])
+    for _ in range(2):  # the second time from what is kept
+        assert list(together.passing(test, values, 0.1)) == [True, True, False]
+        assert list(each.passing(test, values, 0.1)) == [True, True, False]
+    strict = Test(Risk.named("disagreement"), 0.02)
+    assert list(each.passing(strict, values, 0.1))[1:] == [False, False]
+    many = Path(path, scored, [~few])
+    assert list(many.passing(test, values, 0.1)) == [True, True, True]
+
+
+@pytest.mark.parametrize("name", ["accuracy gap", "disagreement"])
+def test_bets_on_counts_are_bets_on_samples(name):
+    risk, bound = Risk.named(name), 0.05
+    test = Test(risk, bound, "betting")
+    losses = torch.tensor([1.0, 0.0, 0.0, 1.0, -1.0 if risk.low < 0 else 0.0, *[0.0] * 60])
+    single = betting_log_wealth(losses, bound, bets(bound, risk.low, risk.high)).sum(1)
+    wealth = math.log(float(single.exp().mean()))
+    sums = test.features(losses).sum(1, keepdim=True)
+    for error in (math.exp(-wealth) * 1.001, math.exp(-wealth) * 0.999):
+        assert bool(test.passes(sums, len(losses), error)[0]) == (wealth >= -math.log(error))
 
 
 def test_conformal_is_the_formula():
@@ -287,16 +327,14 @@ def test_promises_hold(goal, name, bound):
     """Of 60 draws at confidence 0.8, no more violations than chance allows (one in 10^4)."""
     limit = 1 - goal["min_agreement"] if "min_agreement" in goal else goal["max_accuracy_drop"]
     other = random_trace(2000, seed=7, head=0.0)
-    ground_path = None
+    learned = Ground(other, Confidence()).settings(labelled=name != "disagreement")
     violated = 0
     for seed in range(60):
         trace = draw(800, seed)
         risk = Risk.named(name)
         promise = Promise(risk, limit, 0.8, bound, path=other)
         ground = Ground(trace, Confidence(), path=other)
-        if ground_path is None:
-            ground_path = ground.path(labelled=name != "disagreement")
-        ground._paths[name != "disagreement"] = ground_path
+        ground.settings = lambda labelled: learned  # always the same, so it is learned once
         kept = promised(trace, Confidence(), promise, ground)
         policy = Policy("confidence", kept.thresholds.tolist())
         violated += true_risk(policy, name) > limit

@@ -16,7 +16,7 @@ from offramp.decide.calibrate import _Task
 from offramp.decide.criteria import criterion
 from offramp.decide.gains import correctness, smoothed
 from offramp.decide.methods.cuts import Cuts
-from offramp.decide.methods.families import FAMILIES
+from offramp.decide.methods.families import FAMILIES, _reached_by
 from offramp.decide.methods.landscape import Landscape, odds
 from offramp.decide.methods.lattice import Lattice
 from offramp.decide.methods.search import Search
@@ -130,6 +130,15 @@ def test_geometric_shares_are_geometric():
     shares = torch.bincount(scored.exits(thresholds), minlength=4).double()
     ratios = shares[1:] / shares[:-1]
     assert float(ratios.max() / ratios.min()) < 1.02
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=25), st.integers(-1, 26))
+def test_selecting_a_threshold_is_sorting_for_it(values, count):
+    """Ties above all: a threshold cannot part them, and goes to the nearer end of their run."""
+    scores = torch.tensor(values) / 7
+    wanted = Ranks(scores[None]).at(torch.tensor([[count]]))[0, 0]
+    assert torch.equal(_reached_by(scores, count), wanted)
 
 
 def test_quantile_shares_are_equal():

@@ -112,9 +112,9 @@ def _train(
     held = torch.arange(seen.shape[1]) % round(1 / HELD) == 0
     costs = scored.exit_costs(torch.zeros(scored.num_exits - 1)).float()
     solver = torch.optim.AdamW(gate.gates.parameters(), lr=RATE, weight_decay=DECAY)
+    taught, gained = inputs[:, ~held], gains[:, ~held]
     for _ in range(WARM):
-        odds = _odds(gate, inputs[:, ~held])
-        loss = functional.binary_cross_entropy_with_logits(odds, gains[:-1, ~held])
+        loss = functional.binary_cross_entropy_with_logits(_odds(gate, taught), gained[:-1])
         _step(solver, loss)
     paid = 0.3 if price is None else price
     outside = (inputs[:, held], gains[:, held], costs)
@@ -126,7 +126,7 @@ def _train(
     kept = copy.deepcopy(gate.gates.state_dict())
     for step in range(STEPS):
         sharp = SHARP[0] + (SHARP[1] - SHARP[0]) * step / STEPS
-        gain, cost = _expected(_odds(gate, inputs[:, ~held]), gains[:, ~held], costs, sharp)
+        gain, cost = _expected(_odds(gate, taught), gained, costs, sharp)
         _step(solver, paid * cost - gain)
         if budget is not None:
             # In its logarithm, so that the price stays positive and moves by its own measure.

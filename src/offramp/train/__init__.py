@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         exit_losses,
     )
     from offramp.train.phases import Phase, Plan
+    from offramp.train.prototypes import fit_prototypes
     from offramp.train.schemes import (
         SCHEMES,
         Alternating,
@@ -70,6 +71,7 @@ __all__ = [
     "exit_losses",
     "exit_weights",
     "fit",
+    "fit_prototypes",
 ]
 
 # Where each name lives. Imported when first used: Lightning takes its time, few names need it.
@@ -102,6 +104,7 @@ _HOMES = {
     "exit_losses": "objectives",
     "exit_weights": "weights",
     "fit": "loop",
+    "fit_prototypes": "prototypes",
 }
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from offramp.decide.criteria import Criterion
-from offramp.decide.guarantees.paths import learn_path
+from offramp.decide.guarantees.paths import Path, learn_path
 from offramp.decide.guarantees.risks import Risk, losses
-from offramp.decide.guarantees.sweep import Sweep
+from offramp.decide.guarantees.sweep import Changes, Sweep
 from offramp.decide.scored import Scored
 from offramp.decide.trace import Trace
 from offramp.errors import TraceError
@@ -49,7 +49,9 @@ class Ground:
             )
         self.trace, self.rule, self.other, self.seed = trace, rule, path, seed
         self._losses: dict[str, tuple[Scored, Tensor]] = {}
-        self._paths: dict[bool, list[Tensor]] = {}
+        self._costs: dict[tuple[float, ...], float] = {}
+        self._changes: dict[str, Changes] = {}
+        self._paths: dict[bool, Path | None] = {}
 
     @cached_property
     def groups(self) -> list[Tensor]:
@@ -86,23 +88,43 @@ class Ground:
             self._losses[risk.name] = losses(self.trace, self.rule, risk)
         return self._losses[risk.name]
 
+    def cost(self, thresholds: Tensor) -> float:
+        """The mean cost under thresholds (E - 1,)."""
+        key = tuple(thresholds.tolist())
+        if key not in self._costs:
+            scored, _ = next(iter(self._losses.values()))
+            self._costs[key] = scored.cost(thresholds)
+        return self._costs[key]
+
     @cached_property
     def sweep(self) -> Sweep:
         """The settings of one shared threshold."""
         scored, _ = next(iter(self._losses.values()))
         return Sweep.of(scored)
 
-    def path(self, labelled: bool) -> list[Tensor]:
-        """Settings from the dearest to the cheapest; none where there are too few samples.
+    def changes(self, risk: Risk) -> Changes:
+        """What the shared threshold does to a loss as it falls."""
+        if risk.name not in self._changes:
+            _, values = self.losses(risk)
+            self._changes[risk.name] = self.sweep.changes(values)
+        return self._changes[risk.name]
+
+    def path(self, labelled: bool) -> Path | None:
+        """The learned path, to be tested; ``None`` where there are too few samples.
 
         Args:
             labelled: whether to aim at accuracy rather than at agreement.
         """
         if labelled not in self._paths:
-            few = self.aside < 2 and self.other is None
-            if few or any(not bool(group.any()) for group in self.testing):
-                self._paths[labelled] = []
-            else:
-                chooser = self.other or self.trace.subset(self._order[: self.aside])
-                self._paths[labelled] = learn_path(chooser, self.rule, labelled, self.seed)
+            settings = self.settings(labelled)
+            scored, _ = next(iter(self._losses.values()))
+            self._paths[labelled] = Path(settings, scored, self.testing) if settings else None
         return self._paths[labelled]
+
+    def settings(self, labelled: bool) -> list[Tensor]:
+        """Settings from the dearest to the cheapest; none where there are too few samples."""
+        few = self.aside < 2 and self.other is None
+        if few or any(not bool(group.any()) for group in self.testing):
+            return []
+        chooser = self.other or self.trace.subset(self._order[: self.aside])
+        return learn_path(chooser, self.rule, labelled, self.seed)

@@ -11,7 +11,7 @@ from torch import Tensor
 from offramp.decide.criteria import Criterion
 from offramp.decide.guarantees.expectation import conformal
 from offramp.decide.guarantees.ground import Ground
-from offramp.decide.guarantees.paths import best_of_all, down_the_path
+from offramp.decide.guarantees.paths import Path, best_of_all, down_the_path
 from offramp.decide.guarantees.risks import Risk
 from offramp.decide.guarantees.sweep import walk
 from offramp.decide.guarantees.verdicts import Test
@@ -120,20 +120,20 @@ def promised(trace: Trace, rule: Criterion, promise: Promise, ground: Ground | N
     portion = error * (LEARNED if promise.path is None else 0.5) if learns else 0.0
     off = _all(scored, math.inf)
     found = {}
-    count, possible = walk(ground.sweep, test, values, ground.groups, error - portion)
+    count, possible = walk(ground.changes(promise.risk), test, ground.groups, error - portion)
     if possible:
         # All settings up to the last that passed are promised together, so the cheaper end may be
         # taken: heads can cost more than a few early leavers save.
         found = {"none": off, "shared": _all(scored, ground.sweep.threshold(count))}
-    path = _path(ground, promise) if learns else []
-    if path:
+    path = _path(ground, promise) if learns else None
+    if path is not None:
         testing = down_the_path if promise.testing == "fixed-sequence" else best_of_all
-        other = testing(path, scored, test, values, ground.testing, portion)
+        other = testing(path, test, values, portion)
         found |= {} if other is None else {"learned": other}
-    way = min(found, key=lambda name: scored.cost(found[name]), default="none")
+    way = min(found, key=lambda name: ground.cost(found[name]), default="none")
     thresholds = found.get(way, off)
     way = "none" if torch.equal(thresholds, off) else way
-    needed = test.needed(ground.smallest, error - portion)
+    needed = test.needed(ground.smallest, error - portion) if way == "none" else None
     return Kept(thresholds, scored, values, way, test.kind, needed, bool(found))
 
 
@@ -149,7 +149,7 @@ def _on_average(ground: Ground, promise: Promise, scored: Scored, values: Tensor
     return Kept(thresholds, scored, values, way, "conformal", needed, possible)
 
 
-def _path(ground: Ground, promise: Promise) -> list[Tensor]:
+def _path(ground: Ground, promise: Promise) -> Path | None:
     chooser = promise.path or ground.trace
     return ground.path(promise.risk.name != "disagreement" and chooser.labels is not None)
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from offramp.decide.guarantees.verdicts import Test
 from offramp.decide.scored import Scored, between
 
-__all__ = ["Sweep", "walk"]
+__all__ = ["Changes", "Sweep", "walk"]
 
-BLOCK = 1 << 12  # levels that are tested at once: the walk seldom goes to the end
+BLOCK = 1 << 9  # changes that are tested at once: the walk seldom goes to the end
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +58,23 @@ class Sweep:
         start = values[-1].sum()[None]
         return torch.cat([start, start + steps.cumsum(0)])
 
+    def changes(self, losses: Tensor) -> Changes:
+        """The levels that change somebody's loss; most change nobody's.
+
+        Args:
+            losses: (E, N) float64, of leaving at each exit.
+        """
+        early, late = losses[:-1].flatten()[self.order], losses[1:].flatten()[self.order]
+        moved = (early != late).nonzero().flatten()
+        settings = self.ends.nonzero().flatten()
+        begin = torch.searchsorted(settings, moved)
+        # No setting sees a change that another follows at an equal level.
+        seen = begin.diff(append=begin.new_tensor([len(settings)])) > 0
+        # What the settings before it pass: all levels up to the last of them.
+        before = torch.cat([settings.new_zeros(1), settings + 1])[begin]
+        rows = self.order[moved] % losses.shape[1]
+        return Changes(len(self.levels), losses[-1], early[moved], late[moved], rows, before, seen)
+
     def threshold(self, position: int) -> float:
         """The threshold after ``position`` levels, midway to the next; ``inf`` for 0."""
         if position <= 0:
@@ -68,9 +85,30 @@ class Sweep:
         return float(between(self.levels[position], high))
 
 
-def walk(
-    sweep: Sweep, test: Test, losses: Tensor, groups: list[Tensor], error: float
-) -> tuple[int, bool]:
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """What a sweep does to one loss: J changes, each of one sample.
+
+    Attributes:
+        levels: M, of the sweep.
+        last: (N,) the losses where nobody leaves.
+        early: (J,) the loss after the change.
+        late: (J,) and before it.
+        rows: (J,) int64, the sample.
+        before: (J,) int64, how many levels the settings before the change have passed.
+        seen: (J,) bool, whether there is a setting between this change and the next.
+    """
+
+    levels: int
+    last: Tensor
+    early: Tensor
+    late: Tensor
+    rows: Tensor
+    before: Tensor
+    seen: Tensor
+
+
+def walk(changes: Changes, test: Test, groups: list[Tensor], error: float) -> tuple[int, bool]:
     """Fixed-sequence testing down the sweep.
 
     The thresholds are all real numbers, in falling order: a sequence that no data chose, so each is
@@ -80,36 +118,29 @@ def walk(
     1 - error, so the error is not divided among them.
 
     Args:
-        sweep: the settings.
+        changes: of the loss, by a sweep.
         test: the claim.
-        losses: (E, N) float64.
         groups: (N,) bool masks of the samples that each have to pass.
         error: the probability of going past the first setting whose risk is too high.
 
     Returns:
         The number of levels passed, and whether even "nobody leaves" did.
     """
-    early, late = losses[:-1].flatten(), losses[1:].flatten()
-    sums = [test.features(losses[-1, rows]).sum(1, keepdim=True) for rows in groups]
+    sums = [test.features(changes.last[rows]).sum(1, keepdim=True) for rows in groups]
     sizes = [int(rows.sum()) for rows in groups]
     if not all(
         bool(test.passes(total, size, error)) for total, size in zip(sums, sizes, strict=True)
     ):
         return 0, False
-    last = 0
-    for start in range(0, len(sweep.order), BLOCK):
-        block, ends = sweep.order[start : start + BLOCK], sweep.ends[start : start + BLOCK]
-        steps = test.features(early[block]) - test.features(late[block])
-        fails = torch.zeros(len(block), dtype=torch.bool)
+    for start in range(0, len(changes.rows), BLOCK):
+        block = slice(start, start + BLOCK)
+        steps = test.features(changes.early[block]) - test.features(changes.late[block])
+        seen = changes.seen[block]
+        fails = torch.zeros(int(seen.sum()), dtype=torch.bool)
         for g, rows in enumerate(groups):
-            totals = sums[g] + (steps * rows[block % losses.shape[1]]).cumsum(1)
-            fails |= ~test.passes(totals, sizes[g], error)
+            totals = sums[g] + (steps * rows[changes.rows[block]]).cumsum(1)
+            fails |= ~test.passes(totals[:, seen], sizes[g], error)
             sums[g] = totals[:, -1:]
-        # Only the end of a run of equal levels is a setting.
-        failed = (fails & ends).nonzero()
-        stop = int(failed[0]) if len(failed) else len(block)
-        passed = ends[:stop].nonzero()
-        last = start + int(passed[-1]) + 1 if len(passed) else last
-        if len(failed):
-            break
-    return last, True
+        if bool(fails.any()):
+            return int(changes.before[block][seen][int(fails.int().argmax())]), True
+    return changes.levels, True

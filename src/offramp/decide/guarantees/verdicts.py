@@ -27,9 +27,9 @@ BOUNDS = ("auto", "betting", "clopper-pearson", "hoeffding-bentkus", "score")
 class Test:
     """A test of "the mean loss exceeds the bound", by what has to be summed over samples for it.
 
-    Losses become ``features``: for counts, indicators; for means, the loss; for bets, the log of
-    what each bet wins. Their sums over the samples are all that :meth:`passes` needs, so that a
-    whole path of thresholds is tested with one prefix sum.
+    Losses become ``features``: whole ones, indicators of 1 and of -1; others, for means the loss,
+    for bets the log of what each bet wins. Their sums over the samples are all that :meth:`passes`
+    needs, so that a whole path of thresholds is tested with one prefix sum.
 
     Args:
         risk: the loss and its limits.
@@ -68,7 +68,7 @@ class Test:
 
     def features(self, losses: Tensor) -> Tensor:
         """What is summed: (F, ...) float64 from losses (...,)."""
-        if self.kind == "score":
+        if self.risk.whole:
             return torch.stack([losses > 0, losses < 0]).double()
         if self.kind == "betting":
             return betting_log_wealth(losses, self.bound, self.stakes)
@@ -90,10 +90,18 @@ class Test:
         if self.kind == "score":
             return score_test(samples, self.bound, error).passes(sums[0].round(), sums[1].round())
         if self.kind == "betting":
-            return mixed(sums) >= -math.log(error)
-        mean = sums[0] / samples
+            return mixed(self._won(sums, samples)) >= -math.log(error)
+        mean = (sums[0] - sums[1] if self.risk.whole else sums[0]) / samples
         p = hoeffding_bentkus(mean, samples, self.bound, self.risk.low, self.risk.high)
         return p <= error
+
+    def _won(self, sums: Tensor, samples: int) -> Tensor:
+        """(K, M) what each bet has won of all samples, in logarithms."""
+        if not self.risk.whole:
+            return sums
+        counts = torch.stack([sums[0], sums[1], samples - sums[0] - sums[1]])
+        losses = torch.tensor([1.0, -1.0, 0.0])
+        return betting_log_wealth(losses, self.bound, self.stakes) @ counts
 
     def needed(self, samples: int, error: float) -> int | None:
         """The least number of samples with which a loss that is always 0 would pass.
