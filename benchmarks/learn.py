@@ -1,0 +1,195 @@
+"""Learning: what exits bring, by every scheme, on three networks.
+
+    python benchmarks/learn.py --data DIR --json benchmarks/results/learn.json
+
+Trains what is not yet trained, one run after the other, each kept under ``--runs`` with what its
+exits say; a run that was interrupted goes on where it stopped. The result is written after every
+run, so that it can be ended at any moment. Several processes share the runs among them
+(``--only train`` for the second). ``--only SECTION`` does one section anew and keeps the others.
+``--quick``: a sample, in under two minutes. One thread.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.learning import summary
+from benchmarks.learning.frontiers import BUDGETS, TOLERANCE, figures, folds_of
+from benchmarks.learning.runs import PRECISION, Keep, Run, train
+from benchmarks.learning.settings import DEEP, SETTINGS
+from benchmarks.learning.tasks import BATCH, DENSE, HELD_OUT, PARTS, TASKS, quick
+
+HERE = Path(__file__).parent
+PACKAGES = ("torch", "lightning", "numpy", "scipy", "onnxruntime", "onnx")
+
+Rows = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "learn")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "learn.json")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=sorted(SECTIONS), metavar="SECTION")
+    parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")  # of the exporter, about operators of its own
+    if given.quick:
+        given.runs = given.runs / "quick"
+    keep = Keep(given.data, given.runs)
+    for name in given.only or SECTIONS:
+        SECTIONS[name](keep, given)
+    print(json.dumps(json.loads(given.json.read_text("utf-8"))["summary"], indent=1))
+
+
+# -- what is trained, and in which order -----------------------------------------------------------
+
+
+def queue(seeds: int) -> Iterator[Run]:
+    """All runs: at any moment, what is done is as even a table as can be."""
+    fashion, cifar, deep = TASKS.values()
+    for seed in range(seeds):
+        for setting in SETTINGS.values():
+            yield Run(fashion, setting, seed)
+            yield Run(cifar, setting, seed)
+        if seed == 0:
+            yield Run(DENSE, SETTINGS["joint_distill"], seed)
+            for name in DEEP:
+                yield Run(deep, SETTINGS[name], seed)
+
+
+def small() -> Iterator[Run]:
+    """A sample of the runs."""
+    for name in ("plain", "joint_distill", "heads"):
+        yield Run(quick(TASKS["fashion_resnet20"]), SETTINGS[name], 0)
+
+
+def _runs(given: argparse.Namespace) -> list[Run]:
+    return list(small() if given.quick else queue(given.seeds))
+
+
+def _train(keep: Keep, given: argparse.Namespace) -> None:
+    """Train until nothing is left that this process can do."""
+    left = _runs(given)
+    while left:
+        before = len(left)
+        for run in list(left):
+            if run.done(keep):
+                left.remove(run)
+            elif train(run, keep):
+                left.remove(run)
+                _say(f"{run.task.name}, {run.setting.name}, seed {run.seed}")
+                _write(keep, given, {})
+        if len(left) == before:  # another process is at them
+            break
+    _write(keep, given, {})
+
+
+SECTIONS = {"train": _train}
+
+
+# -- the result ------------------------------------------------------------------------------------
+
+
+def _figures(keep: Keep, runs: list[Run]) -> list[Rows]:
+    """A row for every run that is done, its figures computed once."""
+    rows = []
+    for run in runs:
+        if not (run.done(keep) and run.plain.done(keep)):
+            continue
+        path = run.folder(keep) / "figures.json"
+        if not path.is_file():
+            found = figures(run, folds_of(run, keep), folds_of(run.plain, keep))
+            _replace(path, found)
+        rows.append(run.about(keep) | json.loads(path.read_text("utf-8")))
+    return rows
+
+
+def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
+    """What is found, beside what the file has of other sections."""
+    rows: Rows = {}
+    if given.json.exists():
+        before = json.loads(given.json.read_text("utf-8"))
+        rows = before["rows"] if before["conditions"]["quick"] == given.quick else {}
+    rows |= {"runs": _figures(keep, _runs(given))} | found
+    tasks = {run.task.name: run.task for run in _runs(given)}
+    _replace(
+        given.json,
+        {
+            "schema": 1,
+            "benchmark": "learn",
+            "summary": summary.summarise(rows),
+            "conditions": {
+                "quick": given.quick,
+                "threads": 1,
+                "processor": _processor(),
+                "python": platform.python_version(),
+                "versions": {name: version(name) for name in PACKAGES},
+                "batch": BATCH,
+                "precision": PRECISION,
+                "optimizer": "SGD, Nesterov momentum 0.9, weight decay 5e-4, cosine in each phase",
+                "parts_of_a_pass": PARTS,
+                "held_out": HELD_OUT,
+                "tolerance": TOLERANCE,
+                "budgets": list(BUDGETS),
+                "tasks": {name: _task(task) for name, task in tasks.items()},
+                "settings": {
+                    s.name: {"title": s.title, "source": s.source} for s in SETTINGS.values()
+                },
+            },
+            "rows": rows,
+        },
+    )
+
+
+def _task(task: Any) -> Rows:
+    return {
+        "network": task.network,
+        "data": task.data,
+        "passes": task.passes,
+        "rate": task.rate,
+        "exits": list(task.exits),
+        "begins": task.begins,
+        "calibrated_on": task.calibrated_on,
+    }
+
+
+def _replace(path: Path, content: Rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+    os.replace(part, path)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
