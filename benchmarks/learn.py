@@ -30,13 +30,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.learning import summary
+from benchmarks.learning.energy import PICOJOULES, estimate, readable
 from benchmarks.learning.frontiers import BUDGETS, TOLERANCE, figures, folds_of
-from benchmarks.learning.runs import PRECISION, Keep, Run, train
+from benchmarks.learning.places import compare_places
+from benchmarks.learning.runs import PRECISION, Keep, Run, model_of, train
 from benchmarks.learning.settings import DEEP, SETTINGS
+from benchmarks.learning.speed import measure_speed
+from benchmarks.learning.steps import measure_memory, measure_steps
 from benchmarks.learning.tasks import BATCH, DENSE, HELD_OUT, PARTS, TASKS, quick
+from benchmarks.traces import normalise
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "lightning", "numpy", "scipy", "onnxruntime", "onnx")
+
+DENSE_SETTING = "joint_distill"
 
 Rows = dict[str, Any]
 
@@ -71,7 +78,7 @@ def queue(seeds: int) -> Iterator[Run]:
             yield Run(fashion, setting, seed)
             yield Run(cifar, setting, seed)
         if seed == 0:
-            yield Run(DENSE, SETTINGS["joint_distill"], seed)
+            yield Run(DENSE, SETTINGS[DENSE_SETTING], seed)
             for name in DEEP:
                 yield Run(deep, SETTINGS[name], seed)
 
@@ -103,7 +110,70 @@ def _train(keep: Keep, given: argparse.Namespace) -> None:
     _write(keep, given, {})
 
 
-SECTIONS = {"train": _train}
+def _steps(keep: Keep, given: argparse.Namespace) -> None:
+    """Time and memory of training."""
+    names = ["fashion_resnet20"] if given.quick else ["fashion_resnet20", "cifar_resnet56"]
+    rounds, count = (2, 4) if given.quick else (8, 12)
+    times, memory = [], []
+    for name in names:
+        times += measure_steps(TASKS[name], given.data, rounds, count)
+        memory += measure_memory(TASKS[name], given.data)
+        _say(f"steps: {name}")
+    _write(keep, given, {"steps": times, "memory": memory})
+
+
+def _places(keep: Keep, given: argparse.Namespace) -> None:
+    """Where exits stand, and how many."""
+    dense = Run(DENSE, SETTINGS[DENSE_SETTING], 0)
+    if not given.quick and dense.done(keep):
+        _write(keep, given, {"places": compare_places(folds_of(dense, keep))})
+
+
+def _best(keep: Keep, given: argparse.Namespace) -> list[tuple[Run, Rows]]:
+    """The best run of each network, the first seed of it, and its row."""
+    rows, found = _figures(keep, _runs(given)), []
+    for task in {run.task.name: run.task for run in _runs(given)}.values():
+        name = summary.best_setting(rows, task.name)
+        if name is not None:
+            run = Run(task, SETTINGS[name], 0)
+            row = next(r for r in rows if _key(r) == (task.name, name, 0))
+            found.append((run, row))
+    return found
+
+
+def _speed(keep: Keep, given: argparse.Namespace) -> None:
+    """Measured time of the best beside its multiply-accumulates."""
+    seconds = 2.0 if given.quick else 30.0
+    best = _best(keep, given)
+    _write(
+        keep,
+        given,
+        {"speed": [measure_speed(run, keep, row["rule"], seconds) for run, row in best]},
+    )
+
+
+def _energy(keep: Keep, given: argparse.Namespace) -> None:
+    """Energy of the best, estimated."""
+    rows = []
+    for run, row in _best(keep, given):
+        model = model_of(run, keep)
+        example = normalise(keep.images(run.task)["test_x"][:4])
+        about = {"task": run.task.name, "setting": run.setting.name, "seed": run.seed}
+        rows.append(about | estimate(model, example, row["operating"]["shares"]))
+    _write(keep, given, {"energy": {"rapl_readable": readable(), "estimates": rows}})
+
+
+def _key(row: Rows) -> tuple[str, str, int]:
+    return row["task"], row["setting"], row["seed"]
+
+
+SECTIONS = {
+    "train": _train,
+    "steps": _steps,
+    "places": _places,
+    "speed": _speed,
+    "energy": _energy,
+}
 
 
 # -- the result ------------------------------------------------------------------------------------
@@ -149,6 +219,7 @@ def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
                 "parts_of_a_pass": PARTS,
                 "held_out": HELD_OUT,
                 "tolerance": TOLERANCE,
+                "picojoules": PICOJOULES,
                 "budgets": list(BUDGETS),
                 "tasks": {name: _task(task) for name, task in tasks.items()},
                 "settings": {

@@ -20,7 +20,17 @@ from offramp.analyse import overthinking, paired_difference, wilson
 from offramp.decide import Criterion, Point, Policy, Trace, frontier, replay
 from offramp.decide.scored import score
 
-__all__ = ["BUDGETS", "TOLERANCE", "Folds", "as_good_as", "figures", "folds_of", "reaches"]
+__all__ = [
+    "BUDGETS",
+    "TOLERANCE",
+    "Folds",
+    "as_good_as",
+    "curve",
+    "figures",
+    "folds_of",
+    "fronts_of",
+    "reaches",
+]
 
 BUDGETS = tuple(round(0.2 + 0.025 * step, 3) for step in range(33))  # shares of the plain network
 POINTS = 25  # of a frontier
@@ -29,6 +39,7 @@ TOLERANCE = 0.003  # below the plain network, and still its accuracy
 Row = dict[str, Any]
 Array = NDArray[np.float64]
 Folds = list[tuple[Trace, Trace]]  # calibration, test
+Front = list[Point]
 Rule = Callable[[Trace], Criterion]
 
 
@@ -61,34 +72,39 @@ def figures(run: Run, folds: Folds, plain: Folds) -> Row:
     }
     if run.setting == run.plain.setting:
         return found
-    rules = {name: _curve(folds, make) for name, make in run.setting.rules.items()}
+    fronts = {name: fronts_of(folds, make) for name, make in run.setting.rules.items()}
+    rules = {name: curve(folds, points) for name, points in fronts.items()}
     best = max(rules, key=lambda name: rules[name]["calibration_area"])
     found["rule"] = best
     found["rules"] = rules
-    found["operating"] = _operating(folds, plain, run.setting.rules[best], right, full)
+    policies = [
+        as_good_as(known, points) for (known, _), points in zip(plain, fronts[best], strict=True)
+    ]
+    found["operating"] = _operating([test for _, test in folds], policies, exits, full)
     return found
 
 
-def as_good_as(plain: Trace, calibration: Trace, make: Rule) -> Policy:
-    """The cheapest thresholds of a frontier that are as accurate as the plain network.
+def fronts_of(folds: Folds, make: Rule) -> list[Front]:
+    """The frontier on the calibration samples of each fold."""
+    return [frontier(calibration, make(calibration), points=POINTS) for calibration, _ in folds]
+
+
+def as_good_as(plain: Trace, points: Front) -> Policy:
+    """The cheapest thresholds that are as accurate as the plain network, where they were chosen.
 
     Args:
         plain: what the plain network says on the calibration samples.
-        calibration: what the exits say.
-        make: the rule by which samples leave.
+        points: the frontier of the exits on the same samples.
     """
     wanted = float((plain.logits[-1].argmax(1) == plain.labels).double().mean())
-    points = frontier(calibration, make(calibration), points=POINTS)
     good = [point for point in points if point.accuracy >= wanted] or points[-1:]
     return min(good, key=lambda point: point.cost_ratio).policy
 
 
-def reaches(curve: list[float | None], wanted: float) -> float | None:
+def reaches(curve: list[float], wanted: float) -> float | None:
     """The least cost at which a curve over :data:`BUDGETS` has an accuracy, or ``None``."""
     before: tuple[float, float] | None = None
     for budget, accuracy in zip(BUDGETS, curve, strict=True):
-        if accuracy is None:
-            continue
         if accuracy >= wanted:
             if before is None:
                 return budget
@@ -98,33 +114,36 @@ def reaches(curve: list[float | None], wanted: float) -> float | None:
     return None
 
 
-def _curve(folds: Folds, make: Rule) -> Row:
-    """Accuracy over budgets: on the calibration samples, where thresholds were chosen, and test."""
+def curve(folds: Folds, fronts: list[Front]) -> Row:
+    """Accuracy over budgets, on test samples; and its mean on the calibration samples.
+
+    Args:
+        folds: samples that thresholds were chosen on, and others.
+        fronts: thresholds of each fold, from :func:`fronts_of`.
+    """
     fitted, measured = [], []
-    for calibration, test in folds:
-        points = frontier(calibration, make(calibration), points=POINTS)
+    for (calibration, test), points in zip(folds, fronts, strict=True):
         fitted.append(_between(points, calibration))
         measured.append(_between(points, test))
-    chance, known = np.concatenate(measured, 1), np.concatenate(fitted, 1)
-    inside = ~np.isnan(chance).any(1)
-    areas = chance[inside].mean(0)
-    error = 1.96 * float(areas.std(ddof=1)) / len(areas) ** 0.5
-    accuracy = [float(row.mean()) if ok else None for row, ok in zip(chance, inside, strict=True)]
+    chance = np.concatenate(measured, 1)
+    own = chance.mean(0)  # of each sample, over the budgets
+    error = 1.96 * float(own.std(ddof=1)) / len(own) ** 0.5
     return {
-        "accuracy": accuracy,
-        "area": float(areas.mean()),
-        "area_interval": [float(areas.mean()) - error, float(areas.mean()) + error],
-        "calibration_area": float(known[inside].mean()),
+        "accuracy": chance.mean(1).tolist(),
+        "area": float(own.mean()),
+        "area_interval": [float(own.mean()) - error, float(own.mean()) + error],
+        "calibration_area": float(np.concatenate(fitted, 1).mean()),
     }
 
 
-def _between(points: list[Point], trace: Trace) -> Array:
+def _between(points: Front, trace: Trace) -> Array:
     """The chance that each sample is answered right at each budget: (budgets, samples).
 
     Between two points of the frontier, thresholds are drawn at random from both, such that the mean
-    cost is the budget. NaN below the cheapest point.
+    cost is the budget; below the first, it is drawn from it and a guess that costs nothing.
     """
-    costs, rights = [], []
+    costs = [0.0]
+    rights = [np.full(trace.num_samples, 1 / trace.num_classes)]
     for point in points:
         decided = replay(trace, point.policy)
         costs.append(float(decided.cost.mean()) / trace.full_cost)
@@ -136,32 +155,27 @@ def _between(points: list[Point], trace: Trace) -> Array:
         above = int(np.searchsorted(cost, budget))
         if above == len(cost):
             rows.append(right[-1])
-        elif above == 0 and budget < cost[0]:
-            rows.append(np.full(right.shape[1], np.nan))
         else:
-            low = max(above - 1, 0)
-            width = cost[above] - cost[low]
-            share = (budget - cost[low]) / width if width else 0.0
-            rows.append((1 - share) * right[low] + share * right[above])
+            share = (budget - cost[above - 1]) / (cost[above] - cost[above - 1])
+            rows.append((1 - share) * right[above - 1] + share * right[above])
     return np.stack(rows)
 
 
-def _operating(folds: Folds, plain: Folds, make: Rule, right: list[Tensor], full: Tensor) -> Row:
-    """The cheapest thresholds that are as good as the plain network on the calibration samples."""
+def _operating(tests: list[Trace], policies: list[Policy], right: Tensor, full: Tensor) -> Row:
+    """What thresholds do on test samples that are as good as the plain network on calibration."""
     taken, answers, costs = [], [], []
-    for (calibration, test), (known, _) in zip(folds, plain, strict=True):
-        decided = replay(test, as_good_as(known, calibration, make))
+    for test, policy in zip(tests, policies, strict=True):
+        decided = replay(test, policy)
         taken.append(decided.exit)
         answers.append(decided.prediction == test.labels)
         costs.append(decided.cost / test.full_cost)
     exit, answered, cost = torch.cat(taken), torch.cat(answers), torch.cat(costs)
-    exits = torch.cat(right, 1)
     return {
         "cost": float(cost.mean()),
         "accuracy": _share(answered),
         "less_plain": _paired(answered, full),
-        "shares": (torch.bincount(exit, minlength=len(exits)) / len(exit)).tolist(),
-        "overthinking": vars(overthinking(exits, exit, answered)),
+        "shares": (torch.bincount(exit, minlength=len(right)) / len(exit)).tolist(),
+        "overthinking": vars(overthinking(right, exit, answered)),
     }
 
 

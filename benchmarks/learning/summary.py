@@ -38,7 +38,7 @@ def least_cost(row: Row) -> float | None:
 
 
 def summarise(rows: Row) -> Row:
-    """What is watched; means over seeds, of the best setting of each network."""
+    """What is watched: means over seeds of the best setting of each network; else the worst."""
     runs = rows["runs"]
     found: Row = {}
     for short, task in NETWORKS.items():
@@ -51,8 +51,13 @@ def summarise(rows: Row) -> Row:
         found[f"macs_at_plain_accuracy_{short}"] = (
             float(np.mean(reached)) if len(reached) == len(costs) else None
         )
-    for name in ("measured_over_macs_speedup", "step_overhead", "memory_overhead"):
-        if name in rows.get("watched", {}):
-            found[name] = rows["watched"][name]
+    worst = {
+        "measured_over_macs_speedup": (min, "speed", "measured_over_macs"),
+        "step_overhead": (max, "steps", "ratio_less_heads"),
+        "memory_overhead": (max, "memory", "ratio"),
+    }
+    for name, (of, section, key) in worst.items():
+        if rows.get(section):
+            found[name] = of(row[key] for row in rows[section])
     found["runs"] = len(runs)
     return found
