@@ -35,8 +35,8 @@ class Clocked:
     """The same few batches again and again; notes when each of them is fetched.
 
     Attributes:
-        times: seconds of the processor from one fetch to the next, so that others on the machine
-            do not count; those of the first walk are left out: in it, ``fit`` remembers the samples.
+        times: processor seconds from one fetch to the next, so that others on the machine do not
+            count; those of the first walk are left out: in it, ``fit`` remembers the samples.
     """
 
     def __init__(self, task: Task, steps: int) -> None:
