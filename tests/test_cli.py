@@ -278,6 +278,20 @@ def test_a_saved_model_comes_back(fitted):
     assert not torch.equal(model.backbone.fc.weight, make("mlp").fc.weight)
 
 
+def test_a_saved_cascade_comes_back(tmp_path, capsys):
+    arguments = ["fit", f"{HERE}:network", "--data", f"{HERE}:train", "--out", tmp_path]
+    call(capsys, *arguments, "--exits", 2, "--epochs", 1, "--cascade")
+    model, example = load_model(tmp_path)
+    assert model.cascade
+    link = model.heads[1].link.weight
+    assert torch.equal(link, load_file(tmp_path / "model.safetensors")["heads.1.link.weight"])
+    assert link.abs().sum() > 0
+    logits = model(example)
+    torch.testing.assert_close(
+        logits[1], model.heads[1].head(model.features(example)[0][1]) + logits[0] @ link.T
+    )
+
+
 def test_recording_the_training_data_is_found_out(fitted, tmp_path, capsys):
     trace = tmp_path / "t.safetensors"
     said = call(capsys, "record", fitted, "--data", f"{HERE}:train", "--out", trace)

@@ -116,6 +116,9 @@ def fit(
     ] = ("joint"),
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 10,
     rate: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
+    cascade: Annotated[
+        bool, typer.Option("--cascade", help="Exits also see the logits of the one before.")
+    ] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -129,7 +132,7 @@ def fit(
 
     torch.manual_seed(seed)
     backbone, example = backbone_of(network, shape)
-    model = attach(backbone, example, exits=_exits(exits))
+    model = attach(backbone, example, exits=_exits(exits), cascade=cascade)
     history = train(
         model,
         loader_of(data),

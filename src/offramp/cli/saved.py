@@ -36,6 +36,7 @@ def save_model(model: MultiExitModel, folder: Path, network: str, shape: str | N
         "network": network,
         "shape": shape,
         "places": list(model.places),
+        "cascade": model.cascade,
     }
     # The hashes of the training samples go along: recording those again is then found out.
     tensors = {**model.state_dict(), SEEN: model.training_fingerprints}
@@ -69,7 +70,8 @@ def load_model(folder: Path) -> tuple[MultiExitModel, Any]:
             "Update offramp."
         )
     backbone, example = backbone_of(about["network"], about["shape"])
-    model = attach(backbone, example, exits=about["places"])
+    cascade = about.get("cascade", False)
+    model = attach(backbone, example, exits=about["places"], cascade=cascade)
     model.training_fingerprints = tensors.pop(SEEN)
     try:
         model.load_state_dict(tensors)

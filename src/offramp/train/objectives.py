@@ -97,7 +97,9 @@ def exit_losses(
     outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
 ) -> Tensor:
     """Mean cross entropy of every exit: ``(K,)`` in nats."""
-    return torch.stack([F.cross_entropy(_full(outputs[k]), labels) for k in _chosen(outputs, exits)])
+    return torch.stack(
+        [F.cross_entropy(_full(outputs[k]), labels) for k in _chosen(outputs, exits)]
+    )
 
 
 def cross_entropy(
