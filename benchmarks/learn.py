@@ -33,7 +33,7 @@ from benchmarks.learning import summary
 from benchmarks.learning.energy import PICOJOULES, estimate, readable
 from benchmarks.learning.frontiers import BUDGETS, TOLERANCE, figures, folds_of
 from benchmarks.learning.places import compare_places
-from benchmarks.learning.runs import PRECISION, Keep, Run, model_of, train
+from benchmarks.learning.runs import PRECISION, SGD_RATE, Keep, Run, model_of, train
 from benchmarks.learning.settings import DEEP, SETTINGS
 from benchmarks.learning.speed import measure_speed
 from benchmarks.learning.steps import measure_memory, measure_steps
@@ -215,7 +215,8 @@ def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
                 "versions": {name: version(name) for name in PACKAGES},
                 "batch": BATCH,
                 "precision": PRECISION,
-                "optimizer": "SGD, Nesterov momentum 0.9, weight decay 5e-4, cosine in each phase",
+                "optimizer": "AdamW, weight decay 0.05, cosine in each phase",
+                "sgd": f"Nesterov momentum 0.9, weight decay 5e-4, learning rate {SGD_RATE}",
                 "parts_of_a_pass": PARTS,
                 "held_out": HELD_OUT,
                 "tolerance": TOLERANCE,

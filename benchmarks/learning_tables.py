@@ -18,7 +18,7 @@ Result = dict[str, Any]
 Row = dict[str, Any]
 
 SHOWN = (0.25, 0.5, 0.75)  # of the plain network's cost
-WATCHED = ("plain", "joint", "equilibrium", "joint_distill")
+WATCHED = ("plain", "joint", "joint_distill", "mixed_distill", "layerwise")
 NOT_YET = "Not measured yet."
 BARS: dict[str, tuple[str, str, Callable[[float], bool]]] = {
     "macs_at_plain_accuracy_fashion": ("of the plain network's MACs", "≤ 0.5", lambda v: v <= 0.5),
@@ -287,7 +287,7 @@ def _conditions(result: Result) -> str:
     head = ["network, data", "parameters at the start", "passes", "learning rate",
             "thresholds chosen on", "seeds, at the most"]  # fmt: skip
     return (
-        f"{_table(head, rows)}\n\n{given['optimizer']}; batches of {given['batch']}, "
+        f"{_table(head, rows)}\n\n{given['optimizer']} (by SGD: {given['sgd']}); batches of {given['batch']}, "
         f"{given['precision']}, one thread of a {given['processor']}. Python {given['python']}, "
         f"{versions}."
     )

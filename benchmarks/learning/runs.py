@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
 
 import offramp
 from benchmarks.learning.gradients import Norms, read_norms
@@ -24,11 +26,13 @@ from benchmarks.learning.tasks import Data, Images, Task, images_of
 from benchmarks.traces import normalise
 from offramp.build.model import MultiExitModel
 from offramp.decide import Trace
+from offramp.train.optimizers import adamw
 
-__all__ = ["Keep", "Run", "model_of", "train"]
+__all__ = ["PRECISION", "SGD_RATE", "Keep", "Run", "model_of", "train"]
 
 ROWS = 500  # images at a time where nothing is learnt
 PRECISION = "bf16-mixed"
+SGD_RATE = 0.02
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ def model_of(run: Run, keep: Keep) -> MultiExitModel:
     torch.manual_seed(run.seed)
     backbone = run.task.backbone(keep.data)
     example = normalise(keep.images(run.task)["train_x"][:4])
-    model = offramp.attach(backbone, example, exits=list(run.task.exits))
+    places = list(run.task.exits)
+    model = offramp.attach(backbone, example, exits=places, cascade=run.setting.cascade)
     if run.done(keep):
         model.load_state_dict(load_file(run.folder(keep) / "model.safetensors"))
     elif run.before is not None:
@@ -122,11 +127,16 @@ def train(run: Run, keep: Keep) -> bool:
     return True
 
 
+def sgd(parameters: list[Parameter]) -> Optimizer:
+    """For what AdamW would undo."""
+    return torch.optim.SGD(parameters, lr=SGD_RATE, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
 def _train(run: Run, keep: Keep) -> None:
     task, folder = run.task, run.folder(keep)
     data, model = keep.images(task), model_of(run, keep)
     loader = Images(data, task.pad, run.seed)
-    sgd = partial(torch.optim.SGD, lr=task.rate, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    make = sgd if run.setting.sgd else partial(adamw, lr=task.rate)
     # Twice as fast where the processor has its channels last.
     model.to(memory_format=torch.channels_last)
     history = offramp.fit(
@@ -134,7 +144,7 @@ def _train(run: Run, keep: Keep) -> None:
         loader,
         scheme=run.setting.scheme,
         epochs=task.epochs,
-        optimizer=Norms(sgd, model, loader, folder / "gradients.jsonl"),
+        optimizer=Norms(make, model, loader, folder / "gradients.jsonl"),
         precision=PRECISION,
         seed=run.seed,
         checkpoint=folder / "checkpoint",

@@ -62,6 +62,8 @@ class Setting:
         rules: how samples may leave, each made from the calibration trace; the first one also
             says what a single exit answers. Which is taken is decided on the calibration samples.
         onto: the setting whose trained backbone it starts from.
+        cascade: whether an exit also sees what the one before it says.
+        sgd: whether it learns by SGD instead of AdamW, which undoes any scale of a gradient.
         source: where it comes from.
     """
 
@@ -70,6 +72,8 @@ class Setting:
     scheme: Scheme
     rules: Rules
     onto: str | None = None
+    cascade: bool = False
+    sgd: bool = False
     source: str = ""
 
 
@@ -99,15 +103,19 @@ SETTINGS = {
         Setting("pabee", "PABEE: linear weights", Joint(weights="linear"), _own("patience"),
                 source="Zhou et al., 2020"),
         Setting("heads", "heads on the plain network", Heads(), ANY, onto=PLAIN),
+        Setting("ztw", "ZTW: heads in a cascade on the plain network, ensemble", Heads(),
+                {"ensemble": fit_ensemble}, onto=PLAIN, cascade=True,
+                source="Wołczyk et al., 2021"),
         Setting("mixed", "mixed", Mixed(), ANY, source="Kubaty et al., 2025"),
         Setting("separate", "separate", Separate(), ANY),
         Setting("layerwise", "layerwise", Layerwise(), ANY, source="Belilovsky et al., 2019"),
         Setting("alternating", "alternating", Alternating(), ANY, source="Xin et al., 2021"),
-        Setting("equilibrium", "joint, gradient equilibrium", Joint(equilibrium=True), ANY,
-                source="Li et al., 2019"),
         Setting("boosting", "joint, boosting", Joint(Boosting()), {"summed": summed},
                 source="Yu et al., 2023"),
         Setting("matched", "joint, matched weights", Joint(Matched()), ANY,
                 source="after Han et al., 2022"),
+        Setting("equilibrium", "joint, gradient equilibrium, by SGD", Joint(equilibrium=True), ANY,
+                sgd=True, source="Li et al., 2019"),
+        Setting("joint_sgd", "joint, by SGD", Joint(), ANY, sgd=True),
     )
 }  # fmt: skip

@@ -149,17 +149,17 @@ TASKS = {
     for task in (
         Task(
             "fashion_resnet20", "ResNet-20", "Fashion-MNIST", _resnet20_anew, fashion_mnist,
-            EXITS, passes=3, rate=0.1, pad=2, begins=ANEW, calibrated_on=HELD,
+            EXITS, passes=3, rate=3e-3, pad=0, begins=ANEW, calibrated_on=HELD,
         ),
         Task(
             "cifar_resnet20", "ResNet-20", "CIFAR-10 (JPEG)",
             _published(20, "resnet20-12fca82f.th"), cifar10_jpeg,
-            EXITS, passes=2, rate=0.05, pad=4, begins=PUBLISHED, calibrated_on=HALVES,
+            EXITS, passes=2, rate=1e-3, pad=4, begins=PUBLISHED, calibrated_on=HALVES,
         ),
         Task(
             "cifar_resnet56", "ResNet-56", "CIFAR-10 (JPEG)",
             _published(56, "resnet56-4bfd9763.th"), cifar10_jpeg,
-            EXITS, passes=2, rate=0.05, pad=4, begins=PUBLISHED, calibrated_on=HALVES,
+            EXITS, passes=2, rate=1e-3, pad=4, begins=PUBLISHED, calibrated_on=HALVES,
         ),
     )
 }  # fmt: skip
