@@ -287,9 +287,9 @@ def _conditions(result: Result) -> str:
     head = ["network, data", "parameters at the start", "passes", "learning rate",
             "thresholds chosen on", "seeds, at the most"]  # fmt: skip
     return (
-        f"{_table(head, rows)}\n\n{given['optimizer']} (by SGD: {given['sgd']}); batches of {given['batch']}, "
-        f"{given['precision']}, one thread of a {given['processor']}. Python {given['python']}, "
-        f"{versions}."
+        f"{_table(head, rows)}\n\n{given['optimizer']} (by SGD: {given['sgd']}); batches "
+        f"of {given['batch']}, {given['precision']}, one thread of a {given['processor']}. "
+        f"Python {given['python']}, {versions}."
     )
 
 

@@ -22,6 +22,7 @@ from benchmarks.learning.runs import PRECISION
 from benchmarks.learning.settings import PLAIN, SETTINGS
 from benchmarks.learning.tasks import BATCH, TASKS, Task
 from offramp.build.model import MultiExitModel
+from offramp.train.optimizers import adamw
 
 __all__ = ["TIMED", "measure_memory", "measure_steps"]
 
@@ -66,15 +67,10 @@ class Clocked:
             yield self.batch
 
 
-def sgd(parameters: Any) -> torch.optim.Optimizer:
-    """As in the runs."""
-    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
-
-
 def by_hand(network: nn.Module, loader: Clocked) -> None:
     """The plain network in the shortest loop there is: two walks, nothing counted or kept."""
     network.train().to(memory_format=torch.channels_last)
-    optimizer = sgd(network.parameters())
+    optimizer = adamw(network.parameters())
     for epoch in range(2):
         loader.set_epoch(epoch)
         for x, y in loader:
@@ -94,7 +90,6 @@ def by_fit(model: MultiExitModel, loader: Clocked, setting: str) -> None:
         loader,
         scheme=SETTINGS[setting].scheme,
         epochs=2,
-        optimizer=sgd,
         precision=PRECISION,
         progress=False,
     )
