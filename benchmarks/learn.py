@@ -34,10 +34,10 @@ from benchmarks.learning.energy import PICOJOULES, estimate, readable
 from benchmarks.learning.frontiers import BUDGETS, TOLERANCE, figures, folds_of
 from benchmarks.learning.places import compare_places
 from benchmarks.learning.runs import PRECISION, SGD_RATE, Keep, Run, model_of, train
-from benchmarks.learning.settings import DEEP, SETTINGS
+from benchmarks.learning.settings import PROMISING, SETTINGS
 from benchmarks.learning.speed import measure_speed
 from benchmarks.learning.steps import measure_memory, measure_steps
-from benchmarks.learning.tasks import BATCH, DENSE, HELD_OUT, PARTS, TASKS, quick
+from benchmarks.learning.tasks import BATCH, DENSE, HELD_OUT, LONG, PARTS, TASKS, quick
 from benchmarks.traces import normalise
 
 HERE = Path(__file__).parent
@@ -55,6 +55,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=HERE / "results" / "learn.json")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", action="append", choices=sorted(SECTIONS), metavar="SECTION")
+    parser.add_argument(
+        "--task", action="append", metavar="NAME", help="train these networks alone"
+    )
     parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -79,8 +82,9 @@ def queue(seeds: int) -> Iterator[Run]:
             yield Run(cifar, setting, seed)
         if seed == 0:
             yield Run(DENSE, SETTINGS[DENSE_SETTING], seed)
-            for name in DEEP:
-                yield Run(deep, SETTINGS[name], seed)
+            for task in (*LONG.values(), deep):
+                for name in PROMISING:
+                    yield Run(task, SETTINGS[name], seed)
 
 
 def small() -> Iterator[Run]:
@@ -93,9 +97,14 @@ def _runs(given: argparse.Namespace) -> list[Run]:
     return list(small() if given.quick else queue(given.seeds))
 
 
+def _wanted(given: argparse.Namespace) -> list[Run]:
+    """Those that this process is to train."""
+    return [run for run in _runs(given) if run.task.name in (given.task or [run.task.name])]
+
+
 def _train(keep: Keep, given: argparse.Namespace) -> None:
     """Train until nothing is left that this process can do."""
-    left = _runs(given)
+    left = _wanted(given)
     while left:
         before = len(left)
         for run in list(left):

@@ -21,7 +21,7 @@ from offramp.train import (
     Separate,
 )
 
-__all__ = ["DEEP", "PLAIN", "SETTINGS", "Setting"]
+__all__ = ["PLAIN", "PROMISING", "SETTINGS", "Setting"]
 
 Rules = dict[str, Callable[[Trace], Criterion]]
 
@@ -83,8 +83,8 @@ def _own(rule: str) -> Rules:
 
 PLAIN = "plain"
 
-# The most promising, for the network that takes long.
-DEEP = (PLAIN, "joint_distill", "mixed_distill")
+# The most promising, for what takes long.
+PROMISING = (PLAIN, "mixed_distill", "joint_distill", "heads")
 
 SETTINGS = {
     setting.name: setting

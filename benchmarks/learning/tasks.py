@@ -14,7 +14,18 @@ from torch import Tensor, nn
 from benchmarks.traces import augment, cifar, fashion, normalise
 from offramp.zoo import cifar_resnet
 
-__all__ = ["BATCH", "DENSE", "HELD_OUT", "PARTS", "TASKS", "Images", "Task", "images_of", "quick"]
+__all__ = [
+    "BATCH",
+    "DENSE",
+    "HELD_OUT",
+    "LONG",
+    "PARTS",
+    "TASKS",
+    "Images",
+    "Task",
+    "images_of",
+    "quick",
+]
 
 BATCH = 128
 PARTS = 4  # of a pass over the images: the epochs that schemes divide among their phases
@@ -168,6 +179,16 @@ _BLOCKS = tuple(f"layer{group}.{block}" for group in (1, 2, 3) for block in rang
 
 # An exit behind every block but the last: one network serves for any number of exits.
 DENSE = replace(TASKS["fashion_resnet20"], name="fashion_resnet20_dense", exits=_BLOCKS[:-1])
+
+
+# Schemes that train all exits at once learn slower than the plain network: does time close the gap?
+LONG = {
+    task.name: task
+    for task in (
+        replace(TASKS["fashion_resnet20"], name="fashion_resnet20_long", passes=10),
+        replace(TASKS["cifar_resnet20"], name="cifar_resnet20_long", passes=8),
+    )
+}
 
 
 def quick(task: Task) -> Task:
