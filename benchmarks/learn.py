@@ -122,13 +122,13 @@ def _train(keep: Keep, given: argparse.Namespace) -> None:
 def _steps(keep: Keep, given: argparse.Namespace) -> None:
     """Time and memory of training."""
     names = ["fashion_resnet20"] if given.quick else ["fashion_resnet20", "cifar_resnet56"]
-    rounds, count = (2, 4) if given.quick else (8, 12)
+    rounds, count = (2, 4) if given.quick else (4, 8)
     times, memory = [], []
     for name in names:
         times += measure_steps(TASKS[name], given.data, rounds, count)
         memory += measure_memory(TASKS[name], given.data)
         _say(f"steps: {name}")
-    _write(keep, given, {"steps": times, "memory": memory})
+        _write(keep, given, {"steps": times, "memory": memory})
 
 
 def _places(keep: Keep, given: argparse.Namespace) -> None:
