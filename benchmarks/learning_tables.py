@@ -283,6 +283,8 @@ def _conditions(result: Result) -> str:
     rows = []
     for name, task in given["tasks"].items():
         seeds = {run["seed"] for run in result["rows"]["runs"] if run["task"] == name}
+        if not seeds:
+            continue
         rows.append(
             [_named(result, name), task["begins"], str(task["passes"]), f"{task['rate']:g}",
              task["calibrated_on"], str(len(seeds))]
