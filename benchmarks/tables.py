@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.deciding_tables import DECIDING_TABLES
+from benchmarks.learning_tables import LEARNING_TABLES
 from benchmarks.runtime_tables import RUNTIME_TABLES
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +58,12 @@ def digits(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Table] = {"digits": digits, **DECIDING_TABLES, **RUNTIME_TABLES}
+TABLES: dict[str, Table] = {
+    "digits": digits,
+    **DECIDING_TABLES,
+    **LEARNING_TABLES,
+    **RUNTIME_TABLES,
+}
 
 
 def _scored(scored: dict[str, Any]) -> str:

@@ -1,0 +1,276 @@
+"""Learning: what exits bring, by every scheme, on three networks.
+
+    python benchmarks/learn.py --data DIR --json benchmarks/results/learn.json
+
+Trains what is not yet trained, one run after the other, each kept under ``--runs`` with what its
+exits say; a run that was interrupted goes on where it stopped. The result is written after every
+run, so that it can be ended at any moment. Several processes share the runs among them
+(``--only train`` for the second). ``--only SECTION`` does one section anew and keeps the others.
+``--quick``: a sample, in under two minutes. One thread.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.learning import summary
+from benchmarks.learning.energy import PICOJOULES, estimate, readable
+from benchmarks.learning.frontiers import BUDGETS, TOLERANCE, figures, folds_of
+from benchmarks.learning.places import compare_places
+from benchmarks.learning.runs import PRECISION, SGD_RATE, Keep, Run, model_of, train
+from benchmarks.learning.settings import PROMISING, SETTINGS
+from benchmarks.learning.speed import measure_speed
+from benchmarks.learning.steps import measure_memory, measure_steps
+from benchmarks.learning.tasks import BATCH, DENSE, HELD_OUT, LONG, PARTS, TASKS, quick
+from benchmarks.traces import normalise
+
+HERE = Path(__file__).parent
+PACKAGES = ("torch", "lightning", "numpy", "scipy", "onnxruntime", "onnx")
+
+DENSE_SETTING = "joint_distill"
+
+Rows = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "learn")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "learn.json")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=sorted(SECTIONS), metavar="SECTION")
+    parser.add_argument(
+        "--task", action="append", metavar="NAME", help="train these networks alone"
+    )
+    parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")  # of the exporter, about operators of its own
+    if given.quick:
+        given.runs = given.runs / "quick"
+    keep = Keep(given.data, given.runs)
+    for name in given.only or SECTIONS:
+        SECTIONS[name](keep, given)
+    print(json.dumps(json.loads(given.json.read_text("utf-8"))["summary"], indent=1))
+
+
+# -- what is trained, and in which order -----------------------------------------------------------
+
+
+def queue(seeds: int) -> Iterator[Run]:
+    """All runs: at any moment, what is done is as even a table as can be."""
+    fashion, cifar, deep = TASKS.values()
+    for seed in range(seeds):
+        for setting in SETTINGS.values():
+            yield Run(fashion, setting, seed)
+            yield Run(cifar, setting, seed)
+        if seed == 0:
+            yield Run(DENSE, SETTINGS[DENSE_SETTING], seed)
+            for task in (*LONG.values(), deep):
+                for name in PROMISING:
+                    yield Run(task, SETTINGS[name], seed)
+
+
+def small() -> Iterator[Run]:
+    """A sample of the runs."""
+    for name in ("plain", "joint_distill", "heads"):
+        yield Run(quick(TASKS["fashion_resnet20"]), SETTINGS[name], 0)
+
+
+def _runs(given: argparse.Namespace) -> list[Run]:
+    return list(small() if given.quick else queue(given.seeds))
+
+
+def _wanted(given: argparse.Namespace) -> list[Run]:
+    """Those that this process is to train."""
+    return [run for run in _runs(given) if run.task.name in (given.task or [run.task.name])]
+
+
+def _train(keep: Keep, given: argparse.Namespace) -> None:
+    """Train until nothing is left that this process can do."""
+    left = _wanted(given)
+    while left:
+        before = len(left)
+        for run in list(left):
+            if run.done(keep):
+                left.remove(run)
+            elif train(run, keep):
+                left.remove(run)
+                _say(f"{run.task.name}, {run.setting.name}, seed {run.seed}")
+                _write(keep, given, {})
+        if len(left) == before:  # another process is at them
+            break
+    _write(keep, given, {})
+
+
+def _steps(keep: Keep, given: argparse.Namespace) -> None:
+    """Time and memory of training."""
+    names = ["fashion_resnet20"] if given.quick else ["fashion_resnet20", "cifar_resnet56"]
+    rounds, count = (2, 4) if given.quick else (4, 8)
+    times, memory = [], []
+    for name in names:
+        times += measure_steps(TASKS[name], given.data, rounds, count)
+        memory += measure_memory(TASKS[name], given.data)
+        _say(f"steps: {name}")
+        _write(keep, given, {"steps": times, "memory": memory})
+
+
+def _places(keep: Keep, given: argparse.Namespace) -> None:
+    """Where exits stand, and how many."""
+    dense = Run(DENSE, SETTINGS[DENSE_SETTING], 0)
+    if not given.quick and dense.done(keep):
+        _write(keep, given, {"places": compare_places(folds_of(dense, keep))})
+
+
+def _best(keep: Keep, given: argparse.Namespace) -> list[tuple[Run, Rows]]:
+    """The best run of each network, the first seed of it, and its row."""
+    rows, found = _figures(keep, _runs(given)), []
+    for task in {run.task.name: run.task for run in _runs(given)}.values():
+        name = summary.best_setting(rows, task.name)
+        if name is not None:
+            run = Run(task, SETTINGS[name], 0)
+            row = next(r for r in rows if _key(r) == (task.name, name, 0))
+            found.append((run, row))
+    return found
+
+
+def _speed(keep: Keep, given: argparse.Namespace) -> None:
+    """Measured time of the best beside its multiply-accumulates."""
+    seconds = 2.0 if given.quick else 30.0
+    best = _best(keep, given)
+    _write(
+        keep,
+        given,
+        {"speed": [measure_speed(run, keep, row["rule"], seconds) for run, row in best]},
+    )
+
+
+def _energy(keep: Keep, given: argparse.Namespace) -> None:
+    """Energy of the best, estimated."""
+    rows = []
+    for run, row in _best(keep, given):
+        model = model_of(run, keep)
+        example = normalise(keep.images(run.task)["test_x"][:4])
+        about = {"task": run.task.name, "setting": run.setting.name, "seed": run.seed}
+        rows.append(about | estimate(model, example, row["operating"]["shares"]))
+    _write(keep, given, {"energy": {"rapl_readable": readable(), "estimates": rows}})
+
+
+def _key(row: Rows) -> tuple[str, str, int]:
+    return row["task"], row["setting"], row["seed"]
+
+
+SECTIONS = {
+    "train": _train,
+    "steps": _steps,
+    "places": _places,
+    "speed": _speed,
+    "energy": _energy,
+}
+
+
+# -- the result ------------------------------------------------------------------------------------
+
+
+def _figures(keep: Keep, runs: list[Run]) -> list[Rows]:
+    """A row for every run that is done, its figures computed once."""
+    rows = []
+    for run in runs:
+        if not (run.done(keep) and run.plain.done(keep)):
+            continue
+        path = run.folder(keep) / "figures.json"
+        if not path.is_file():
+            found = figures(run, folds_of(run, keep), folds_of(run.plain, keep))
+            _replace(path, found)
+        rows.append(run.about(keep) | json.loads(path.read_text("utf-8")))
+    return rows
+
+
+def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
+    """What is found, beside what the file has of other sections."""
+    rows: Rows = {}
+    if given.json.exists():
+        before = json.loads(given.json.read_text("utf-8"))
+        rows = before["rows"] if before["conditions"]["quick"] == given.quick else {}
+    rows |= {"runs": _figures(keep, _runs(given))} | found
+    tasks = {run.task.name: run.task for run in _runs(given)}
+    _replace(
+        given.json,
+        {
+            "schema": 1,
+            "benchmark": "learn",
+            "summary": summary.summarise(rows),
+            "conditions": {
+                "quick": given.quick,
+                "threads": 1,
+                "processor": _processor(),
+                "python": platform.python_version(),
+                "versions": {name: version(name) for name in PACKAGES},
+                "batch": BATCH,
+                "precision": PRECISION,
+                "optimizer": "AdamW, weight decay 0.05, cosine in each phase",
+                "sgd": f"Nesterov momentum 0.9, weight decay 5e-4, learning rate {SGD_RATE}",
+                "parts_of_a_pass": PARTS,
+                "held_out": HELD_OUT,
+                "tolerance": TOLERANCE,
+                "picojoules": PICOJOULES,
+                "budgets": list(BUDGETS),
+                "tasks": {name: _task(task) for name, task in tasks.items()},
+                "settings": {
+                    s.name: {"title": s.title, "source": s.source} for s in SETTINGS.values()
+                },
+            },
+            "rows": rows,
+        },
+    )
+
+
+def _task(task: Any) -> Rows:
+    return {
+        "network": task.network,
+        "data": task.data,
+        "passes": task.passes,
+        "rate": task.rate,
+        "exits": list(task.exits),
+        "begins": task.begins,
+        "calibrated_on": task.calibrated_on,
+    }
+
+
+def _replace(path: Path, content: Rows) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+    os.replace(part, path)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()

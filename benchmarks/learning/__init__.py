@@ -1,0 +1,1 @@
+"""What exits bring when they learn, one question a file."""

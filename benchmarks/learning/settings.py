@@ -1,0 +1,121 @@
+"""Ways to train exits, those of the literature among them, and the rules that they leave by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from offramp.decide import Criterion, GeometricEnsemble, Trace, criterion, fit_ensemble
+from offramp.train import (
+    Alternating,
+    Boosting,
+    Distill,
+    Heads,
+    Joint,
+    Layerwise,
+    Matched,
+    Mixed,
+    Phase,
+    Scheme,
+    Separate,
+)
+
+__all__ = ["PLAIN", "PROMISING", "SETTINGS", "Setting"]
+
+Rules = dict[str, Callable[[Trace], Criterion]]
+
+
+@dataclass(frozen=True)
+class Plain(Scheme):
+    """The backbone alone: what it reaches without exits."""
+
+    summary: ClassVar[str] = "the backbone alone"
+
+    def phases(self, num_exits: int) -> list[Phase]:
+        """One phase."""
+        last = num_exits - 1
+        return [Phase("backbone", tuple(range(num_exits)), (), (last,), objective=self.objective)]
+
+
+def confidence(trace: Trace) -> Criterion:
+    """The largest probability."""
+    return criterion("confidence")
+
+
+def summed(trace: Trace) -> Criterion:
+    """The exits' logits summed up, as boosting trains them."""
+    return GeometricEnsemble([[1.0] * (k + 1) for k in range(trace.num_exits)])
+
+
+ANY: Rules = {"confidence": confidence, "ensemble": fit_ensemble}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table.
+
+    Attributes:
+        name: of its folder.
+        title: for the tables.
+        scheme: how the exits learn.
+        rules: how samples may leave, each made from the calibration trace; the first one also
+            says what a single exit answers. Which is taken is decided on the calibration samples.
+        onto: the setting whose trained backbone it starts from.
+        cascade: whether an exit also sees what the one before it says.
+        sgd: whether it learns by SGD instead of AdamW, which undoes any scale of a gradient.
+        source: where it comes from.
+    """
+
+    name: str
+    title: str
+    scheme: Scheme
+    rules: Rules
+    onto: str | None = None
+    cascade: bool = False
+    sgd: bool = False
+    source: str = ""
+
+
+def _own(rule: str) -> Rules:
+    return ANY | {rule: lambda _: criterion(rule)}
+
+
+PLAIN = "plain"
+
+# The most promising, for what takes long.
+PROMISING = (PLAIN, "mixed_distill", "joint_distill", "heads")
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting(PLAIN, "plain, without exits", Plain(), {"confidence": confidence}),
+        Setting("joint_distill", "joint, distilled", Joint(Distill(teacher="ensemble")), ANY,
+                source="Phuong and Lampert, 2019"),
+        Setting("heads", "heads on the plain network", Heads(), ANY, onto=PLAIN),
+        Setting("mixed_distill", "mixed, distilled", Mixed(Distill(teacher="ensemble")), ANY,
+                source="Kubaty et al., 2025; Phuong and Lampert, 2019"),
+        Setting("ztw", "ZTW: heads in a cascade on the plain network, ensemble", Heads(),
+                {"ensemble": fit_ensemble}, onto=PLAIN, cascade=True,
+                source="Wołczyk et al., 2021"),
+        Setting("joint", "joint", Joint(), ANY),
+        Setting("sdn", "Shallow-Deep Networks: growing weights", Joint(weights="growing"), ANY,
+                source="Kaya et al., 2019"),
+        Setting("branchynet", "BranchyNet: early exits count 1, the last 0.3",
+                Joint(weights=(1.0, 1.0, 1.0, 1.0, 0.3)), _own("entropy"),
+                source="Teerapittayanon et al., 2016"),
+        Setting("pabee", "PABEE: linear weights", Joint(weights="linear"), _own("patience"),
+                source="Zhou et al., 2020"),
+        Setting("separate", "separate", Separate(), ANY),
+        Setting("layerwise", "layerwise", Layerwise(), ANY, source="Belilovsky et al., 2019"),
+        Setting("mixed", "mixed", Mixed(), ANY, source="Kubaty et al., 2025"),
+        Setting("alternating", "alternating", Alternating(), ANY, source="Xin et al., 2021"),
+        Setting("boosting", "joint, boosting", Joint(Boosting()), {"summed": summed},
+                source="Yu et al., 2023"),
+        Setting("matched", "joint, matched weights", Joint(Matched()), ANY,
+                source="after Han et al., 2022"),
+        Setting("equilibrium", "joint, gradient equilibrium, by SGD", Joint(equilibrium=True), ANY,
+                sgd=True, source="Li et al., 2019"),
+        Setting("joint_sgd", "joint, by SGD", Joint(), ANY, sgd=True),
+    )
+}  # fmt: skip

@@ -1,0 +1,71 @@
+"""The flat figures, and which scheme is the best of a network."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+from benchmarks.learning.frontiers import TOLERANCE, reaches
+from benchmarks.learning.settings import PLAIN
+
+__all__ = ["best_setting", "least_cost", "summarise"]
+
+Row = dict[str, Any]
+
+# The figure of a network is that of its longest training.
+NETWORKS = {
+    "fashion": ("fashion_resnet20_long", "fashion_resnet20"),
+    "cifar": ("cifar_resnet20_long", "cifar_resnet20"),
+    "cifar56": ("cifar_resnet56",),
+    "fashion_short": ("fashion_resnet20",),
+    "cifar_short": ("cifar_resnet20",),
+}
+
+
+def best_setting(runs: list[Row], task: str) -> str | None:
+    """The setting of the largest area on calibration samples, mean over its seeds.
+
+    Only settings with as many seeds as any other count. Test samples have no say in it.
+    """
+    areas: dict[str, list[float]] = defaultdict(list)
+    for row in runs:
+        if row["task"] == task and row["setting"] != PLAIN:
+            areas[row["setting"]].append(row["rules"][row["rule"]]["calibration_area"])
+    most = max(map(len, areas.values()), default=0)
+    full = {name: float(np.mean(found)) for name, found in areas.items() if len(found) == most}
+    return max(full, key=lambda name: full[name]) if full else None
+
+
+def least_cost(row: Row) -> float | None:
+    """The share of the plain network's cost at which a run has its accuracy, within tolerance."""
+    curve = row["rules"][row["rule"]]["accuracy"]
+    return reaches(curve, row["plain"]["accuracy"] - TOLERANCE)
+
+
+def summarise(rows: Row) -> Row:
+    """What is watched: means over seeds of the best setting of each network; else the worst."""
+    runs = rows["runs"]
+    found: Row = {}
+    for short, tasks in NETWORKS.items():
+        task = next((name for name in tasks if best_setting(runs, name)), tasks[-1])
+        best = best_setting(runs, task)
+        if best is None:
+            continue
+        costs = [least_cost(r) for r in runs if (r["task"], r["setting"]) == (task, best)]
+        reached = [cost for cost in costs if cost is not None]
+        found[f"best_{short}"] = best
+        found[f"macs_at_plain_accuracy_{short}"] = (
+            float(np.mean(reached)) if len(reached) == len(costs) else None
+        )
+    worst = {
+        "measured_over_macs_speedup": (min, "speed", "measured_over_macs"),
+        "step_overhead": (max, "steps", "ratio_less_heads"),
+        "memory_overhead": (max, "memory", "ratio"),
+    }
+    for name, (of, section, key) in worst.items():
+        if rows.get(section):
+            found[name] = of(row[key] for row in rows[section])
+    found["runs"] = len(runs)
+    return found
