@@ -278,6 +278,78 @@ def test_a_saved_model_comes_back(fitted):
     assert not torch.equal(model.backbone.fc.weight, make("mlp").fc.weight)
 
 
+def test_a_saved_cascade_comes_back(tmp_path, capsys):
+    arguments = ["fit", f"{HERE}:network", "--data", f"{HERE}:train", "--out", tmp_path]
+    call(capsys, *arguments, "--exits", 2, "--epochs", 1, "--cascade")
+    model, example = load_model(tmp_path)
+    assert model.cascade
+    link = model.heads[1].link.weight
+    assert torch.equal(link, load_file(tmp_path / "model.safetensors")["heads.1.link.weight"])
+    assert link.abs().sum() > 0
+    logits = model(example)
+    torch.testing.assert_close(
+        logits[1], model.heads[1].head(model.features(example)[0][1]) + logits[0] @ link.T
+    )
+
+
+def trained():
+    """The network, and its own answers as labels, about as many of each class."""
+    torch.manual_seed(0)
+    net, x = make("mlp"), torch.randn(400, 12)
+    torch.nn.init.normal_(net.fc.weight)
+    with torch.no_grad():
+        net.fc.bias -= net(x).mean(0)
+    return net, x
+
+
+def trained_network():
+    return trained()[0], example_of("mlp")
+
+
+def its_answers():
+    net, x = trained()
+    return DataLoader(TensorDataset(x, net(x).argmax(1)), batch_size=50)
+
+
+def test_from_plan_to_fit(tmp_path, capsys):
+    path, folder = tmp_path / "plan.json", tmp_path / "model"
+    network, data = f"{HERE}:trained_network", ("--data", f"{HERE}:its_answers")
+    said = call(capsys, "plan", network, *data, "--worth", 0, "--exits", 2, "--out", path)
+    assert json.loads(path.read_text()) == said
+    assert said["samples"] == [240, 80, 80]
+    assert 1 <= len(said["exits"]) <= 2
+    said["heads"] = ["mlp:9"] * len(said["exits"])
+    path.write_text(json.dumps(said))
+    call(capsys, "fit", network, *data, "--plan", path, "--out", folder, "--epochs", 1)
+    model, _ = load_model(folder)
+    assert list(model.places) == said["exits"]
+    assert [head.hidden.out_features for head in model.heads] == [9] * len(said["exits"])
+    with pytest.raises(SystemExit):
+        main(["plan", network, *data, "--worth", "0", "--heads", "linear, mlp:5"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "10 heads at 5 places" in shown or "8 heads at 4 places" in shown
+
+
+def test_a_plan_by_cost_alone(capsys):
+    said = call(capsys, "plan", f"{HERE}:network", "--exits", 2)
+    assert said["method"] == "percentiles"
+    assert len(said["exits"]) == 2
+    assert said["planned"][0]["brings"] is None
+
+
+def test_what_is_no_plan(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    words = ("fit", f"{HERE}:network", "--data", f"{HERE}:train", "--out", tmp_path, "--plan", path)
+    assert "does not hold a plan" in refused(capsys, *words)
+    for content, text in (
+        ({"kind": "policy"}, "is not a plan"),
+        ({"kind": "places", "schema": 99}, "has schema 99; this offramp reads up to 1"),
+        ({"kind": "places", "schema": 1, "exits": []}, "has no exits, since none pays there"),
+    ):
+        path.write_text(json.dumps(content))
+        assert text in refused(capsys, *words)
+
+
 def test_recording_the_training_data_is_found_out(fitted, tmp_path, capsys):
     trace = tmp_path / "t.safetensors"
     said = call(capsys, "record", fitted, "--data", f"{HERE}:train", "--out", trace)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from offramp.decide.record import record
     from offramp.decide.trace import Trace
     from offramp.errors import Infeasible, OfframpError
+    from offramp.places.result import PlacePlan
+    from offramp.places.search import plan
     from offramp.run.artifact import export, load
     from offramp.run.runner import Runner
     from offramp.train.loop import fit
@@ -31,6 +33,7 @@ __all__ = [
     "Infeasible",
     "MultiExitModel",
     "OfframpError",
+    "PlacePlan",
     "Policy",
     "Report",
     "Runner",
@@ -43,6 +46,7 @@ __all__ = [
     "export",
     "fit",
     "load",
+    "plan",
     "record",
 ]
 
@@ -54,6 +58,7 @@ _HOMES = {
     "Infeasible": "errors",
     "MultiExitModel": "build.model",
     "OfframpError": "errors",
+    "PlacePlan": "places.result",
     "Policy": "decide.policy",
     "Report": "analyse.report",
     "Runner": "run.runner",
@@ -65,6 +70,7 @@ _HOMES = {
     "export": "run.artifact",
     "fit": "train.loop",
     "load": "run.artifact",
+    "plan": "places.search",
     "record": "decide.record",
 }
 

@@ -79,7 +79,50 @@ def test_vectors_get_one_or_two_linear_layers():
     one, two = (make_head(n, torch.zeros(2, 64), 3) for n in ("linear", "mlp"))
     linear = [[m for m in h.modules() if isinstance(m, nn.Linear)] for h in (one, two)]
     assert [len(layers) for layers in linear] == [1, 2]
-    assert make_head("mlp", torch.zeros(2, 64), 3, hidden=9).hidden.out_features == 9
+    assert make_head("mlp:9", torch.zeros(2, 64), 3).hidden.out_features == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "layout"),
+    [
+        pytest.param(name, *feature, id=f"{name}-{kind}")
+        for name in ("auto", "pool", "conv", "mlp")
+        for kind, feature in FEATURES.items()
+        if kind not in {"conv": ["vector"], "mlp": [*FEATURES][2:]}.get(name, [])
+    ],
+)
+def test_condensing_takes_no_parameters_and_little_space(name, shape, layout):
+    feature = torch.randn(shape)
+    head = make_head(name, feature, 7, layout=layout).eval()
+    condensed = head.condense(feature)
+    assert not condensed.requires_grad
+    assert condensed.numel() <= feature.numel()
+    for parameter in head.parameters():
+        nn.init.normal_(parameter)
+    assert torch.equal(head.condense(feature), condensed)
+    assert torch.equal(head.classify(condensed), head(feature))
+
+
+def test_scale_and_shift_of_the_norm_mean_the_same_after_the_mean():
+    head = make_head("pool", torch.zeros(2, 6, 8), 3).eval()
+    for parameter in head.parameters():
+        nn.init.normal_(parameter)
+    tokens, mask = torch.randn(2, 6, 8), torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    mean = torch.stack([head.norm(tokens[0, :3]).mean(0), head.norm(tokens[1]).mean(0)])
+    torch.testing.assert_close(head(tokens, mask), head.classifier(mean))
+
+
+def test_a_width_by_name():
+    assert make_head("conv:16", torch.zeros(2, 64, 8, 8), 3).reduce[1].out_channels == 16
+    assert make_head("mlp:24", torch.zeros(2, 6, 8), 3).hidden.out_features == 24
+    tight = make_head("conv:48", torch.zeros(2, 64, 28, 28), 3, budget=10)
+    assert tight.reduce[1].out_channels == 48  # what was asked for, at the lowest resolution
+    assert tight.condense(torch.zeros(2, 64, 28, 28)).shape == (2, 64, 2, 2)
+    for name in ("pool:3", "conv:0", "mlp:", "mlp:x"):
+        with pytest.raises(HeadError, match=f"head '{name}' has no width.*'conv:32'"):
+            make_head(name, torch.zeros(2, 3), 2)
+    with pytest.raises(HeadError, match="Unknown head 'con'. Did you mean 'conv'"):
+        make_head("con:32", torch.zeros(2, 3, 4, 4), 2)
 
 
 def test_a_masked_mean_sees_no_padding():

@@ -2,6 +2,9 @@
 
 A head is a module from the feature to ``(B, C)`` logits. If its ``forward`` has further parameters
 that are named like inputs of the backbone (``attention_mask``, ``batch``), it is given those too.
+
+Those made here work in two steps: they condense the feature, which needs no parameters, and
+classify what is left. So features of a frozen backbone can be kept for training in little space.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from offramp.build.layout import LAYOUTS, channels_last, layout_of
 from offramp.errors import HeadError, unknown_name
@@ -22,6 +26,7 @@ __all__ = [
     "FunctionHead",
     "MapHead",
     "TokenHead",
+    "TwoStepHead",
     "VectorHead",
     "asked_inputs",
     "make_head",
@@ -30,7 +35,19 @@ __all__ = [
 _SIDES, _WIDTHS = (8, 6, 4, 3, 2), (128, 64, 32, 16)
 
 
-class VectorHead(nn.Module):
+class TwoStepHead(nn.Module):
+    """``head(feature, **inputs)`` is ``head.classify(head.condense(feature, **inputs))``."""
+
+    def condense(self, feature: Tensor, **inputs: Tensor) -> Tensor:
+        """The feature, no larger than need be; without parameters, and each row by itself."""
+        raise NotImplementedError
+
+    def classify(self, condensed: Tensor) -> Tensor:
+        """Logits ``(B, C)`` of what :meth:`condense` left; all that learns is here."""
+        raise NotImplementedError
+
+
+class VectorHead(TwoStepHead):
     """``(B, D)`` to ``(B, C)`` by one linear layer, or by two with a ReLU between.
 
     Args:
@@ -46,13 +63,21 @@ class VectorHead(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """``(B, D)`` to ``(B, C)``."""
+        return self.classify(feature)
+
+    def condense(self, feature: Tensor, **inputs: Tensor) -> Tensor:
+        """A vector is small enough: as it is."""
+        return feature
+
+    def classify(self, condensed: Tensor) -> Tensor:
+        """``(B, D)`` to ``(B, C)``."""
         if self.hidden is not None:
-            feature = torch.relu(self.hidden(feature))
-        logits: Tensor = self.classifier(feature)
+            condensed = torch.relu(self.hidden(condensed))
+        logits: Tensor = self.classifier(condensed)
         return logits
 
 
-class MapHead(nn.Module):
+class MapHead(TwoStepHead):
     """Maps of one to three spatial dimensions to ``(B, C)``.
 
     Average pooling to at most ``side`` positions per dimension, a 3-wide convolution with batch
@@ -79,7 +104,7 @@ class MapHead(nn.Module):
         channels = shape[-1] if last else shape[1]
         conv, norm, pool = _SPATIAL[len(space)]
         self.last = last
-        self.reduce: nn.Module | None = None
+        self.reduce: nn.Sequential | None = None
         if hidden is not None:
             window = tuple(_window(size, side) for size in space)
             self.reduce = nn.Sequential(
@@ -92,38 +117,71 @@ class MapHead(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """``(B, C, *space)`` or ``(B, *space, C)`` to ``(B, classes)``."""
+        return self.classify(self.condense(feature))
+
+    def condense(self, feature: Tensor, **inputs: Tensor) -> Tensor:
+        """Pooled to what the convolution sees, channels first; without one, to ``(B, C)``."""
         if self.last:
             feature = feature.movedim(-1, 1)
+        if self.reduce is None:
+            return feature.mean(tuple(range(2, feature.ndim)))
+        pooled: Tensor = self.reduce[0](feature)
+        return pooled
+
+    def classify(self, condensed: Tensor) -> Tensor:
+        """What is pooled to ``(B, classes)``."""
         if self.reduce is not None:
-            feature = self.reduce(feature)
-        logits: Tensor = self.classifier(feature.mean(tuple(range(2, feature.ndim))))
+            for part in list(self.reduce)[1:]:
+                condensed = part(condensed)
+            condensed = condensed.mean(tuple(range(2, condensed.ndim)))
+        logits: Tensor = self.classifier(condensed)
         return logits
 
 
-class TokenHead(nn.Module):
-    """``(B, T, D)`` to ``(B, C)``: layer norm, one vector per sample, one linear layer.
+class TokenHead(TwoStepHead):
+    """``(B, T, D)`` to ``(B, C)``: layer norm, one vector per sample, one or two linear layers.
+
+    Scale and shift of the norm come after the mean over the tokens, where they mean the same.
 
     Args:
         width: D.
         num_classes: C.
         class_token: take the first token; otherwise the mean of the tokens that the mask keeps.
+        hidden: width of a hidden layer with a ReLU; ``None`` for a single linear layer.
     """
 
-    def __init__(self, width: int, num_classes: int, class_token: bool = False) -> None:
+    def __init__(
+        self, width: int, num_classes: int, class_token: bool = False, hidden: int | None = None
+    ) -> None:
         super().__init__()
         self.class_token = class_token
         self.norm = nn.LayerNorm(width)
-        self.classifier = nn.Linear(width, num_classes)
+        self.hidden = None if hidden is None else nn.Linear(width, hidden)
+        self.classifier = nn.Linear(width if hidden is None else hidden, num_classes)
 
     def forward(self, feature: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """``(B, T, D)``, and a mask ``(B, T)`` that is nonzero where a token counts."""
+        return self.classify(self.condense(feature, attention_mask))
+
+    def condense(  # type: ignore[override]  # the mask is what it asks for
+        self, feature: Tensor, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """One standardised vector per sample, ``(B, D)``."""
         if self.class_token:
-            pooled = self.norm(feature[:, 0])
-        elif attention_mask is None:
-            pooled = self.norm(feature).mean(1)
-        else:
-            weight = (attention_mask != 0).to(feature.dtype).unsqueeze(-1)
-            pooled = (self.norm(feature) * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+            feature = feature[:, 0]
+        even = functional.layer_norm(feature, self.norm.normalized_shape, eps=self.norm.eps)
+        if self.class_token:
+            return even
+        if attention_mask is None:
+            return even.mean(1)
+        weight = (attention_mask != 0).to(feature.dtype).unsqueeze(-1)
+        return (even * weight).sum(1) / weight.sum(1).clamp(min=1.0)
+
+    def classify(self, condensed: Tensor) -> Tensor:
+        """``(B, D)`` to ``(B, C)``."""
+        pooled = condensed * self.norm.weight + self.norm.bias
+        if self.hidden is not None:
+            pooled = torch.relu(self.hidden(pooled))
         logits: Tensor = self.classifier(pooled)
         return logits
 
@@ -152,26 +210,25 @@ def make_head(
     feature: Tensor,
     num_classes: int,
     layout: str | None = None,
-    hidden: int | None = None,
     budget: float | None = None,
 ) -> nn.Module:
     """A new head for a feature, on its device and of its type.
 
     Args:
         name: ``"auto"``, ``"linear"``, ``"mlp"``, ``"conv"``, ``"pool"``, ``"token"`` or
-            ``"identity"`` (the feature is logits already).
+            ``"identity"`` (the feature is logits already). ``"mlp:64"`` and ``"conv:32"`` say how
+            wide the head is inside, which the feature says otherwise.
         feature: an example; only its shape, type and device count.
         num_classes: width of the logits.
         layout: such as ``"NHWC"``; found from the shape if not given.
-        hidden: width inside the head, chosen by the feature if not given.
         budget: multiply-accumulates per sample that a convolutional head may cost. The dearest
-            width and resolution that fit are taken; where none do, pooling alone.
+            width and resolution that fit are taken; where none do, pooling alone, or of a width
+            that was asked for the lowest resolution.
 
     Raises:
         HeadError: an unknown name or layout, or a feature that this head does not take.
     """
-    if name not in HEADS:
-        raise HeadError(unknown_name("head", name, list(HEADS)))
+    name, hidden = _name_and_width(name)
     shape = tuple(feature.shape)
     if len(shape) not in LAYOUTS:
         raise HeadError(
@@ -183,6 +240,21 @@ def make_head(
     last = channels_last(layout, len(shape)) and len(shape) > 2
     head = HEADS[name](shape, last, num_classes, hidden, budget)
     return head.to(device=feature.device, dtype=feature.dtype)
+
+
+def _name_and_width(name: str) -> tuple[str, int | None]:
+    """``"conv:32"`` is ``("conv", 32)``."""
+    kind, colon, width = name.partition(":")
+    if kind not in HEADS:
+        raise HeadError(unknown_name("head", kind, list(HEADS)))
+    if not colon:
+        return kind, None
+    if kind not in _WIDE or not width.isdecimal() or int(width) < 1:
+        raise HeadError(
+            f"The head {name!r} has no width. Expected a number of 1 or more after the colon, and "
+            f"before it one of {', '.join(_WIDE)}, as in 'conv:32'."
+        )
+    return kind, int(width)
 
 
 def _vector(name: str, shape: tuple[int, ...]) -> int:
@@ -213,8 +285,14 @@ def _linear(
 def _mlp(
     shape: tuple[int, ...], last: bool, classes: int, hidden: int | None, budget: float | None
 ) -> nn.Module:
+    if len(shape) == 3 and last:
+        return TokenHead(shape[2], classes, hidden=hidden or _hidden(shape[2]))
     width = _vector("mlp", shape)
-    return VectorHead(width, classes, hidden or min(max(width, 32), 256))
+    return VectorHead(width, classes, hidden or _hidden(width))
+
+
+def _hidden(width: int) -> int:
+    return min(max(width, 32), 256)
 
 
 def _conv(
@@ -234,8 +312,9 @@ def _conv(
             positions = math.prod(size // _window(size, side) for size in space)
             options.append((3 ** len(space) * channels * width * positions, width, side))
     fitting = [option for option in options if budget is None or option[0] <= budget]
-    if not fitting:
+    if not fitting and hidden is None:
         return MapHead(shape, classes, last=last)
+    fitting = fitting or [min(options)]
     # At equal cost the narrower of higher resolution: at small batches weights cost time, too.
     _, side, width = max((macs, side, width) for macs, width, side in fitting)
     return MapHead(shape, classes, width, side, last)
@@ -285,6 +364,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "pool": _pool,
     "token": _token,
 }
+_WIDE = ("conv", "mlp")  # those that have something inside
 
 
 def asked_inputs(head: nn.Module) -> tuple[str, ...]:

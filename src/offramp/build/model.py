@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from offramp.build.asking import named_inputs, wanted_inputs
 from offramp.build.batch import as_call, batch_size, take_rows
 from offramp.build.capture import Taps
+from offramp.build.cascade import PREVIOUS, asked_of, cascaded
 from offramp.build.cost import CostProfile, ExitCosts, ModuleCall, profile
 from offramp.build.flow import count_macs
-from offramp.build.heads import FunctionHead, TokenHead, asked_inputs, make_head
+from offramp.build.heads import FunctionHead, make_head
 from offramp.build.layout import LAYOUTS, find_layout
 from offramp.build.outputs import ExitOutputs, LogitsFunction, find_logits
 from offramp.build.ownership import StageMap, map_stages
@@ -40,6 +41,7 @@ class MultiExitModel(nn.Module):
         costs: what it costs to come to each exit.
         num_classes: width C of all logits.
         select: function that takes rows of the inputs where dimension 0 is not the batch.
+        cascade: whether each exit but the first also sees the logits of the one before.
         training_fingerprints: sorted int64 hashes of the samples the model was trained on.
     """
 
@@ -54,6 +56,7 @@ class MultiExitModel(nn.Module):
         *,
         logits: LogitsFunction | None = None,
         select: Callable[..., Any] | None = None,
+        cascade: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -62,11 +65,14 @@ class MultiExitModel(nn.Module):
         self.costs = costs
         self.num_classes = num_classes
         self.select = select
+        self.cascade = cascade
         self.training_fingerprints = torch.empty(0, dtype=torch.int64)
         self._taps = taps
         self._stages = stages
         self._logits = logits
-        self._asked = [asked_inputs(head) for head in heads]
+        self._asked = [asked_of(head) for head in heads]
+        own = {PREVIOUS} if cascade else set()
+        self._wants_inputs = any(set(asked) - own for asked in self._asked)
 
     @property
     def num_exits(self) -> int:
@@ -91,11 +97,12 @@ class MultiExitModel(nn.Module):
             **kwargs: keyword inputs of the backbone.
         """
         features, output = self.features(*args, **kwargs)
-        named = named_inputs(self.backbone, args, kwargs) if any(self._asked) else {}
-        logits = [
-            head(feature, **_wanted_inputs(head, asked, feature, named))
-            for head, asked, feature in zip(self.heads, self._asked, features, strict=True)
-        ]
+        named = named_inputs(self.backbone, args, kwargs) if self._wants_inputs else {}
+        logits: list[Tensor] = []
+        for head, asked, feature in zip(self.heads, self._asked, features, strict=True):
+            if self.cascade and logits:
+                named[PREVIOUS] = logits[-1].detach()
+            logits.append(head(feature, **wanted_inputs(head, feature, named, asked)))
         logits.append(find_logits(output, self._logits))
         loss = None
         if labels is not None:
@@ -137,6 +144,7 @@ def attach(
     logits: LogitsFunction | None = None,
     num_classes: int | None = None,
     select: Callable[..., Any] | None = None,
+    cascade: bool = False,
 ) -> MultiExitModel:
     """Give a backbone early exits.
 
@@ -157,6 +165,10 @@ def attach(
         logits: function from what the backbone returns to its ``(B, C)`` logits.
         num_classes: number of classes, if it is to be checked against the backbone's.
         select: for inputs whose dimension 0 is not the batch: the function that takes rows.
+        cascade: every exit after the first also sees the logits of the one before it, without
+            gradient ("Zero Time Waste", Wołczyk et al., 2021, section 3.1): through a linear layer
+            beside its head, or as the head likes if its forward names ``previous_logits``. The
+            backbone's own output stays as it is.
 
     Raises:
         DataError: the example has fewer than two samples, or logits are not found.
@@ -183,40 +195,22 @@ def attach(
         args, kwargs = take_rows(args, kwargs, torch.arange(found.batch))
     with as_found(backbone):
         named = named_inputs(backbone, args, kwargs)
-        made = [_make(head, call, found, named) for head, call in zip(wanted, calls, strict=True)]
-    costs = ExitCosts(_stage_costs(found, calls), (*(macs for _, macs in made), 0.0), by=cost)
+        made: list[_Made] = []
+        for head, call in zip(wanted, calls, strict=True):
+            previous = made[-1].logits if cascade and made else None
+            made.append(_make(head, call, found, named, previous))
+    costs = ExitCosts(_stage_costs(found, calls), (*(head.macs for head in made), 0.0), by=cost)
     return MultiExitModel(
         backbone,
         Taps(backbone, places),
-        [head for head, _ in made],
+        [head.module for head in made],
         costs,
         map_stages(backbone, found, places),
         found.num_classes,
         logits=logits,
         select=select,
+        cascade=cascade,
     )
-
-
-def named_inputs(
-    backbone: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Tensor]:
-    """The tensors of a call by the names that the backbone's forward gives them."""
-    signature = inspect.signature(backbone.forward)
-    bound: dict[str, Any] = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            bound.update(bound.pop(name, {}))
-    return {name: value for name, value in bound.items() if isinstance(value, Tensor)}
-
-
-def _wanted_inputs(
-    head: nn.Module, asked: Sequence[str], feature: Tensor, named: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What a head asks for. A mask over other tokens than the feature's is of no use to ours."""
-    extra = {name: named[name] for name in asked if name in named}
-    if isinstance(head, TokenHead):
-        extra = {k: v for k, v in extra.items() if v.shape == feature.shape[:2]}
-    return extra
 
 
 def _wanted_heads(
@@ -242,10 +236,22 @@ def _wanted_heads(
     return list(heads)
 
 
+class _Made(NamedTuple):
+    """A head, the logits (B, C) that it gave on trial, and its cost per sample in MACs."""
+
+    module: nn.Module
+    logits: Tensor
+    macs: float
+
+
 def _make(
-    head: HeadLike, call: ModuleCall, found: CostProfile, named: Mapping[str, Tensor]
-) -> tuple[nn.Module, float]:
-    """The head as a module, tried on a feature, and its cost per sample in MACs."""
+    head: HeadLike,
+    call: ModuleCall,
+    found: CostProfile,
+    named: Mapping[str, Tensor],
+    previous: Tensor | None,
+) -> _Made:
+    """The head as a module, tried on a feature; in a cascade, on previous logits too."""
     if call.feature is None:
         raise PlaceError(f"The output of {found.name(call)!r} holds no tensor.")
     shape, dtype, device = call.feature.shape, call.feature.dtype, call.feature.device
@@ -261,16 +267,21 @@ def _make(
                 "name, an nn.Module, or a function from the feature to (B, C) logits."
             )
         head = FunctionHead(head)
-    return head, _try_head(head, feature, named, found, found.name(call))
+    place = found.name(call)
+    if previous is None:
+        return _try_head(head, feature, named, found, place)
+    named = {**named, PREVIOUS: previous}
+    logits = _try_head(head, feature, named, found, place).logits
+    return _try_head(cascaded(head, logits), feature, named, found, place)
 
 
 def _try_head(
     head: nn.Module, feature: Tensor, named: Mapping[str, Tensor], found: CostProfile, place: str
-) -> float:
-    """Run a head, compare what comes with (B, C), and return its cost per sample in MACs."""
+) -> _Made:
+    """Run a head, compare what comes with (B, C), and count it."""
     flags = [(module, module.training) for module in head.modules()]
     head.eval()
-    extra = _wanted_inputs(head, asked_inputs(head), feature, named)
+    extra = wanted_inputs(head, feature, named)
     made: list[Any] = []
     try:
         macs = count_macs(lambda: made.append(head(feature, **extra)))
@@ -290,7 +301,7 @@ def _try_head(
             f"{found.batch} samples and the backbone's {found.num_classes} classes. (A head is "
             "given what its forward names of the backbone's inputs, such as 'attention_mask'.)"
         )
-    return macs / found.batch
+    return _Made(head, made[0], macs / found.batch)
 
 
 def _stage_costs(found: CostProfile, calls: Sequence[ModuleCall]) -> tuple[float, ...]:

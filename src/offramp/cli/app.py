@@ -105,17 +105,70 @@ def inspect(
 
 
 @app.command()
+def plan(
+    network: Network,
+    data: Annotated[
+        str | None, typer.Option(help="module:factory of a loader, to search; the network trained.")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="module:factory of a loader that the network never saw.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan to this .json file.")] = None,
+    shape: Shape = None,
+    exits: Annotated[
+        int | None, typer.Option(help="How many by cost (3), or in a search at most.")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="To try at each place: pool,conv:16,conv:64.")
+    ] = None,
+    worth: Annotated[
+        float, typer.Option(help="What an exit has to bring, as a share of the cost.")
+    ] = 0.01,
+    samples: Annotated[int, typer.Option(help="Rows that the network runs on at most.")] = 8_000,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Find where exits pay in a trained network; without data, place them evenly over the cost."""
+    from offramp.cli.factories import backbone_of, loader_of
+    from offramp.places.search import plan as search
+
+    backbone, example = backbone_of(network, shape)
+    found = search(
+        backbone,
+        example,
+        None if data is None else loader_of(data),
+        method="percentiles" if data is None else "search",
+        exits=exits,
+        heads=None if heads is None else [name.strip() for name in heads.split(",")],
+        held_out=None if held_out is None else loader_of(held_out),
+        worth=worth,
+        samples=samples,
+        seed=seed,
+        progress=not as_json,
+    )
+    if out is not None:
+        _write(out, (json.dumps(found.to_json(), indent=2, allow_nan=False) + "\n").encode())
+    _show(found.to_json(), found, as_json)
+
+
+@app.command()
 def fit(
     network: Network,
     data: Annotated[str, typer.Option(help="module:factory of the training loader.")],
     out: Annotated[Path, typer.Option(help="Folder for the trained model.")],
     shape: Shape = None,
     exits: Exits = "3",
+    planned: Annotated[
+        Path | None, typer.Option("--plan", help="Exits and heads as `offramp plan --out` wrote.")
+    ] = None,
     scheme: Annotated[
         str, typer.Option(help="How the exits learn: joint, layerwise, heads, ...")
     ] = ("joint"),
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 10,
     rate: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
+    cascade: Annotated[
+        bool, typer.Option("--cascade", help="Exits also see the logits of the one before.")
+    ] = False,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -124,12 +177,13 @@ def fit(
 
     from offramp.build.model import attach
     from offramp.cli.factories import backbone_of, loader_of
-    from offramp.cli.saved import save_model
+    from offramp.cli.saved import read_plan, save_model
     from offramp.train.loop import fit as train
 
     torch.manual_seed(seed)
     backbone, example = backbone_of(network, shape)
-    model = attach(backbone, example, exits=_exits(exits))
+    places, heads = (_exits(exits), None) if planned is None else read_plan(planned)
+    model = attach(backbone, example, exits=places, heads=heads or "auto", cascade=cascade)
     history = train(
         model,
         loader_of(data),
@@ -139,7 +193,7 @@ def fit(
         seed=seed,
         progress=not as_json,
     )
-    save_model(model, out, network, shape)
+    save_model(model, out, network, shape, heads)
     rows = [row.to_dict() for row in history.rows]
     facts = {"out": str(out), "places": list(model.places), "history": rows}
     _show(facts, f"{history}\nwritten to {out}", as_json)

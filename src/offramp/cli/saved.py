@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,29 @@ from safetensors.torch import load_file, save_file
 from offramp.build.model import MultiExitModel, attach
 from offramp.cli.factories import backbone_of
 from offramp.errors import ArtifactError
+from offramp.places.result import SCHEMA as PLAN_SCHEMA
 
-__all__ = ["load_model", "save_model"]
+__all__ = ["load_model", "read_plan", "save_model"]
 
 SCHEMA = 1
 ABOUT, TENSORS, SEEN = "model.json", "model.safetensors", "training_fingerprints"
 
 
-def save_model(model: MultiExitModel, folder: Path, network: str, shape: str | None) -> None:
+def save_model(
+    model: MultiExitModel,
+    folder: Path,
+    network: str,
+    shape: str | None,
+    heads: Sequence[str] | None = None,
+) -> None:
     """Write ``model.json`` and ``model.safetensors``.
 
     Args:
-        model: made by ``attach`` with automatic heads.
+        model: made by ``attach`` with heads by name.
         folder: where to.
         network: the ``module:factory`` that made its backbone.
         shape: of one sample, where that gives no example.
+        heads: the names of the heads, where they are not automatic.
     """
     folder.mkdir(parents=True, exist_ok=True)
     about = {
@@ -36,6 +45,8 @@ def save_model(model: MultiExitModel, folder: Path, network: str, shape: str | N
         "network": network,
         "shape": shape,
         "places": list(model.places),
+        "heads": "auto" if heads is None else list(heads),
+        "cascade": model.cascade,
     }
     # The hashes of the training samples go along: recording those again is then found out.
     tensors = {**model.state_dict(), SEEN: model.training_fingerprints}
@@ -69,7 +80,13 @@ def load_model(folder: Path) -> tuple[MultiExitModel, Any]:
             "Update offramp."
         )
     backbone, example = backbone_of(about["network"], about["shape"])
-    model = attach(backbone, example, exits=about["places"])
+    model = attach(
+        backbone,
+        example,
+        exits=about["places"],
+        heads=about.get("heads", "auto"),
+        cascade=about.get("cascade", False),
+    )
     model.training_fingerprints = tensors.pop(SEEN)
     try:
         model.load_state_dict(tensors)
@@ -79,3 +96,30 @@ def load_model(folder: Path) -> tuple[MultiExitModel, Any]:
             f"{error}"
         ) from error
     return model.eval(), example
+
+
+def read_plan(path: Path) -> tuple[list[str], list[str]]:
+    """The places and the names of the heads in a plan that ``offramp plan --out`` wrote.
+
+    Raises:
+        ArtifactError: the file is missing, foreign, or of a later schema; or no exit pays.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} does not hold a plan ({error}). Make one with: offramp plan ... --out FILE"
+        ) from error
+    if not isinstance(found, dict) or found.get("kind") != "places":
+        raise ArtifactError(f"{path} is not a plan. Make one with: offramp plan ... --out FILE")
+    if found["schema"] > PLAN_SCHEMA:
+        raise ArtifactError(
+            f"{path} has schema {found['schema']}; this offramp reads up to {PLAN_SCHEMA}. "
+            "Update offramp."
+        )
+    if not found["exits"]:
+        raise ArtifactError(
+            f"The plan in {path} has no exits, since none pays there. Place some by --exits, or "
+            "leave the network as it is."
+        )
+    return found["exits"], found["heads"]
