@@ -39,7 +39,7 @@ class Screened:
 def screen_all(trace: Trace, grid: Sequence[float] = GRID) -> list[Screened]:
     """Every combination of the entropies in ``grid``, in the order of the grid.
 
-    How BranchyNet (Teerapittayanon et al., 2016) finds its thresholds. The number of combinations is
+    How BranchyNet (Teerapittayanon et al., 2016) finds its thresholds. The combinations number
     ``len(grid) ** (E - 1)``: for networks of few exits. With more, ``calibrate`` searches.
 
     Raises:
