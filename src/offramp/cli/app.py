@@ -364,6 +364,53 @@ def bench(
     _show(measured.to_dict(), measured.render(), as_json)
 
 
+zoo_app = typer.Typer()
+app.add_typer(zoo_app, name="zoo")
+
+
+@zoo_app.callback(invoke_without_command=True)
+def zoo(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the systems of the literature; `offramp zoo run NAME` trains one."""
+    from offramp.cli.catalogue import Catalogue
+    from offramp.zoo.systems import SYSTEMS
+
+    if context.invoked_subcommand is None:
+        listed = Catalogue(list(SYSTEMS.values()))
+        _show(listed.to_dict(), listed.render(), as_json)
+
+
+@zoo_app.command("run")
+def zoo_run(
+    name: Annotated[str, typer.Argument(help="As `offramp zoo` lists it.")],
+    data: Annotated[Path, typer.Option(help="Folder with the images' files.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for what is made; else runs/zoo/NAME.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    max_accuracy_drop: Annotated[
+        float, typer.Option(help="Accuracy that the thresholds may cost, as a share.")
+    ] = 0.0,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Train a system, choose its thresholds, judge it; interrupted, the same command goes on."""
+    from offramp.zoo.running import run as make
+    from offramp.zoo.systems import system
+
+    recipe = system(name)
+    folder = Path("runs/zoo") / name if out is None else out
+    made = make(
+        recipe,
+        data,
+        folder,
+        epochs=epochs,
+        seed=seed,
+        max_accuracy_drop=max_accuracy_drop,
+        progress=not as_json,
+    )
+    _show(made.report.to_dict(), made.report, as_json)
+
+
 def _show(facts: dict[str, Any], shown: RenderableType, as_json: bool) -> None:
     """The one result of a command, on standard output."""
     if as_json:

@@ -1,0 +1,159 @@
+"""Train, calibrate and judge a system of the zoo; what was done is not done again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from offramp.analyse.report import Report, evaluate
+from offramp.build.model import MultiExitModel
+from offramp.decide.policy import Policy
+from offramp.decide.record import record
+from offramp.decide.trace import Trace
+from offramp.errors import DataError
+from offramp.train.loop import fit
+from offramp.train.phases import Phase
+from offramp.train.schemes import Scheme
+from offramp.zoo.images import Batches, Images, open_images
+from offramp.zoo.recipe import Recipe
+
+__all__ = ["Outcome", "plain_phases", "run", "train"]
+
+SEEN = "training_fingerprints"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained system.
+
+    Attributes:
+        model: in evaluation mode.
+        images: what it was trained, calibrated and tested on.
+        policy: chosen on the calibration samples.
+        calibration: trace of these.
+        test: trace of the test samples.
+        report: what the policy does on the test samples.
+    """
+
+    model: MultiExitModel
+    images: Images
+    policy: Policy
+    calibration: Trace
+    test: Trace
+    report: Report
+
+
+def run(
+    recipe: Recipe,
+    data: Path,
+    out: Path,
+    *,
+    epochs: int | None = None,
+    seed: int = 0,
+    max_accuracy_drop: float = 0.0,
+    progress: bool = True,
+) -> Outcome:
+    """Train a system, choose its thresholds and judge it, each on samples of their own.
+
+    Interrupted, the same call goes on; done, it reads what it has kept. A tenth of the training
+    images is for calibration.
+
+    Args:
+        recipe: of the system.
+        data: folder with the files.
+        out: folder for checkpoint, weights, policy and report.
+        epochs: instead of the recipe's.
+        seed: of weights, shuffling and the draw of the calibration samples.
+        max_accuracy_drop: what the thresholds may cost on the calibration samples, as a share.
+        progress: show a bar on standard error.
+
+    Raises:
+        DataError: the files are missing or damaged.
+        TrainingError: ``out`` holds another training.
+        Infeasible: no thresholds lose so little.
+    """
+    images = open_images(recipe.data, data, seed=seed)
+    model = train(recipe, images, out, epochs=epochs, seed=seed, progress=progress)
+    traces = [
+        record(model, _batches(images, part), source=f"{recipe.data} ({name})", progress=progress)
+        for name, part in (("calibration", images.calibration), ("test", images.test))
+    ]
+    policy = recipe.choose(traces[0], max_accuracy_drop)
+    policy.save(out / "policy.json")
+    report = evaluate(traces[1], policy, seed=seed)
+    return Outcome(model, images, policy, traces[0], traces[1], report)
+
+
+def train(
+    recipe: Recipe,
+    images: Images,
+    out: Path,
+    *,
+    epochs: int | None = None,
+    seed: int = 0,
+    scheme: Scheme | Sequence[Phase] | None = None,
+    progress: bool = True,
+) -> MultiExitModel:
+    """The trained network of a recipe, in evaluation mode; read from ``out`` where it is there.
+
+    Args:
+        recipe: of the system.
+        images: to train on.
+        out: folder for the checkpoint and ``model.safetensors``.
+        epochs: instead of the recipe's.
+        seed: of weights and shuffling.
+        scheme: instead of the recipe's.
+        progress: show a bar on standard error.
+
+    Raises:
+        DataError: the weights in ``out`` are of another network.
+        TrainingError: ``out`` holds the checkpoint of another training.
+    """
+    x, y = images.train
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = recipe.build(int(y.max()) + 1)
+    kept = out / "model.safetensors"
+    if kept.is_file():
+        tensors = load_file(kept)
+        model.training_fingerprints = tensors.pop(SEEN)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise DataError(f"{kept} is not of {recipe.name!r}: {error}") from error
+        return model.eval()
+    # Convolutions are about twice as fast on a processor where the channels come last.
+    model.to(memory_format=torch.channels_last)
+    fit(
+        model,
+        Batches(images.normalise(x), y, recipe.batch, recipe.pad, flip=recipe.flip),
+        scheme=recipe.scheme if scheme is None else scheme,
+        epochs=recipe.epochs if epochs is None else epochs,
+        optimizer=recipe.optimizer,
+        precision=recipe.precision,
+        seed=seed,
+        checkpoint=out,
+        progress=progress,
+    )
+    model.to(memory_format=torch.contiguous_format)
+    tensors = {**model.state_dict(), SEEN: model.training_fingerprints}
+    part = kept.with_suffix(".part")
+    save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+    os.replace(part, kept)
+    return model.eval()
+
+
+def plain_phases(num_exits: int, epochs: int) -> list[Phase]:
+    """The backbone trained by its own loss alone: what the system is compared with."""
+    return [Phase("plain", tuple(range(num_exits)), (), (num_exits - 1,), epochs)]
+
+
+def _batches(images: Images, part: tuple[Tensor, Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+    x, y = part
+    return Batches(images.normalise(x), y, 500)

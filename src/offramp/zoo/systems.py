@@ -1,0 +1,25 @@
+"""The systems of the zoo by name."""
+
+from __future__ import annotations
+
+from offramp.errors import DataError, unknown_name
+from offramp.zoo.branchynet import recipes as branchynet
+from offramp.zoo.inception import recipes as inception
+from offramp.zoo.recipe import Recipe
+
+__all__ = ["SYSTEMS", "system"]
+
+SYSTEMS: dict[str, Recipe] = {
+    recipe.name: recipe for recipe in (*branchynet.RECIPES, *inception.RECIPES)
+}
+
+
+def system(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        DataError: there is none.
+    """
+    if name not in SYSTEMS:
+        raise DataError(unknown_name("system", name, sorted(SYSTEMS)))
+    return SYSTEMS[name]

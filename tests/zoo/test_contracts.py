@@ -1,0 +1,106 @@
+"""What every network of the zoo has to pass: as built, each sample as alone."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+import offramp
+from offramp.decide.policy import replay
+from offramp.decide.trace import Trace
+from offramp.zoo.branchynet import b_alexnet, b_lenet, b_resnet
+from offramp.zoo.inception import inception_v1
+
+SMALL = {
+    "b-lenet": (b_lenet, (1, 28, 28)),
+    "b-alexnet": (b_alexnet, (3, 32, 32)),
+    "b-resnet": (partial(b_resnet, 8), (3, 32, 32)),
+    "inception-v1": (partial(inception_v1, 4, size=64, width=1 / 16), (3, 64, 64)),
+}
+FULL = {
+    "b-resnet110": (b_resnet, (3, 32, 32)),
+    "inception-v1-full": (partial(inception_v1, 20), (3, 224, 224)),
+}
+
+
+def made(build, shape):
+    torch.manual_seed(0)
+    model = build()
+    x = torch.randn(6, *shape)
+    with torch.no_grad():  # untrained heads say the same of every sample: let them differ
+        for k, exit in enumerate(model(x).logits[:-1]):
+            scale = 4 / exit.std().clamp(min=1e-3)
+            for parameter in list(model.heads[k].parameters())[-2:]:
+                parameter.mul_(scale)
+    return model.eval(), x
+
+
+def mixed_policy(model, x):
+    """Thresholds between two neighbours' scores, so that some leave at every exit."""
+    with torch.no_grad():
+        logits = model(x).stack()
+    best = logits.softmax(-1).amax(-1)
+    thresholds = []
+    left = torch.ones(len(x), dtype=torch.bool)
+    for scores in best[:-1]:
+        ordered = scores[left].sort().values
+        middle = float(ordered[-2:].mean() if len(ordered) > 1 else ordered[0])
+        thresholds.append(middle)
+        left &= scores < middle
+    zeros = torch.zeros(len(logits))
+    trace = Trace(logits, None, torch.ones(len(logits)), zeros)
+    policy = offramp.Policy("confidence", thresholds)
+    return policy, replay(trace, policy)
+
+
+def check(build, shape, engine, tolerance):
+    model, x = made(build, shape)
+    policy, replayed = mixed_policy(model, x)
+    runner = offramp.Runner(model, policy, x, engine=engine)
+    whole = runner(x)
+    exits = torch.as_tensor(whole.exit)
+    assert exits.unique().numel() >= 2
+    assert torch.equal(exits, replayed.exit)
+    logits = torch.as_tensor(whole.logits)
+    torch.testing.assert_close(logits, replayed.logits, rtol=tolerance, atol=tolerance)
+    for k in range(len(x)):
+        alone = runner(x[k : k + 1])
+        assert int(alone.exit[0]) == int(exits[k])
+        torch.testing.assert_close(
+            torch.as_tensor(alone.logits)[0], logits[k], rtol=tolerance, atol=tolerance
+        )
+    last = runner.under(offramp.Policy("confidence", [1.1] * (model.num_exits - 1)))
+    with torch.no_grad():
+        full = model.backbone(x)
+    torch.testing.assert_close(
+        torch.as_tensor(last(x).logits), full, rtol=tolerance, atol=tolerance
+    )
+    return model, policy, x
+
+
+def check_export(build, shape, folder):
+    model, x = made(build, shape)
+    policy, replayed = mixed_policy(model, x)
+    offramp.export(model, policy, x, folder)  # compares the file with the model before it returns
+    answers = offramp.load(folder)(x)
+    assert torch.equal(torch.as_tensor(answers.exit), replayed.exit)
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("name", SMALL)
+def test_runs_as_built_and_each_sample_as_alone(name, engine):
+    check(*SMALL[name], engine, 1e-5 if engine == "torch" else 1e-4)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_is_exported_and_proven(name, tmp_path):
+    check_export(*SMALL[name], tmp_path / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_full_size(name, tmp_path):
+    check(*FULL[name], "torch", 1e-5)
+    check_export(*FULL[name], tmp_path / name)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from offramp.cli.app import main
+from offramp.errors import DataError
+from offramp.zoo.images import Batches, open_images, read_idx, read_tar
+from offramp.zoo.systems import SYSTEMS, system
+
+
+def idx(values):
+    values = np.asarray(values, np.uint8)
+    header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+    return header + values.tobytes()
+
+
+def write_mnist(folder, samples=40):
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", samples), ("t10k", 12)):
+        labels = np.arange(count) % 10
+        images = rng.integers(0, 255, (count, 28, 28))
+        images[np.arange(count), labels] = 255
+        (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(idx(labels)))
+
+
+def test_idx_is_read_plain_and_compressed(tmp_path):
+    values = np.arange(24).reshape(2, 3, 4)
+    for name, raw in (("a", idx(values)), ("b", gzip.compress(idx(values)))):
+        (tmp_path / name).write_bytes(raw)
+        assert torch.equal(read_idx(tmp_path / name), torch.tensor(values, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"\x89PNG....", "not an IDX file"),
+        (idx(np.zeros((2, 3)))[:-1], r"announces \[2, 3\] and holds 5 bytes, not 6"),
+        (gzip.compress(idx([1, 2, 3]))[:-9], "cannot be decompressed"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, raw, text):
+    (tmp_path / "x").write_bytes(raw)
+    with pytest.raises(DataError, match=text):
+        read_idx(tmp_path / "x")
+
+
+def test_the_three_parts_share_no_sample(tmp_path):
+    (tmp_path / "inner").mkdir()
+    write_mnist(tmp_path / "inner")
+    images = open_images("mnist", tmp_path, held_out=0.25)
+    assert images.train[0].shape == (30, 1, 28, 28)
+    assert images.calibration[0].shape == (10, 1, 28, 28)
+    assert len(images.test[0]) == 12
+    rows = {bytes(x.numpy()) for part in (images.train, images.calibration) for x in part[0]}
+    assert len(rows) == 40
+    flat = images.normalise(images.train[0])
+    assert abs(float(flat.mean())) < 1e-4
+    assert float(flat.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_images_of_an_archive_get_the_number_of_their_class(tmp_path):
+    path = tmp_path / "tiny-imagenet-20.tar"
+    with tarfile.open(path, "w") as archive:
+        for part in ("train", "val"):
+            for k, name in enumerate(("ant", "bee")):
+                buffer = io.BytesIO()
+                Image.new("RGB", (8, 8), (200 * k, 0, 0)).save(buffer, "JPEG")
+                member = tarfile.TarInfo(f"root/{part}/{name}/0.JPEG")
+                member.size = buffer.tell()
+                buffer.seek(0)
+                archive.addfile(member, buffer)
+    for x, y in read_tar(path):
+        assert x.shape == (2, 3, 8, 8)
+        assert y.tolist() == [0, 1]
+        assert (x[:, 0].float().mean((1, 2)) > 100).tolist() == [False, True]
+
+
+def test_shifted_images_are_windows_of_the_image():
+    torch.manual_seed(0)
+    x = torch.arange(64.0).view(1, 1, 8, 8).expand(20, 1, 8, 8)
+    ((moved, _),) = Batches(x, torch.zeros(20), 20, pad=1, flip=True)
+    inside = moved[:, 0, 2:6, 2:6]
+    steps = inside[:, :, 1:] - inside[:, :, :-1]
+    assert set(steps.unique().tolist()) == {-1.0, 1.0}  # mirrored and not
+    assert {1.0, -1.0} >= {float(s.unique()) for s in steps}
+    assert set((inside[:, 1:] - inside[:, :-1]).unique().tolist()) == {8.0}
+
+
+def test_names_that_are_not_known():
+    with pytest.raises(DataError, match="b-lenet"):
+        system("b-lenett")
+
+
+def test_the_command_lists_all(capsys):
+    assert run_main(["zoo", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == set(SYSTEMS)
+
+
+def test_the_command_trains_and_takes_up_what_it_kept(tmp_path, capsys):
+    write_mnist(tmp_path)
+    words = ["zoo", "run", "b-lenet", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    words += ["--epochs", "1", "--max-accuracy-drop", "1", "--json"]
+    assert run_main(words) == 0
+    first = capsys.readouterr().out
+    kept = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    assert run_main(words) == 0
+    assert capsys.readouterr().out == first
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == kept
+
+
+def run_main(words):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    return ended.value.code
