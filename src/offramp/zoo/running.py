@@ -129,7 +129,7 @@ def train(
             raise DataError(f"{kept} is not of {recipe.name!r}: {error}") from error
         return model.eval()
     # Convolutions are about twice as fast on a processor where the channels come last.
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fit(
         model,
         Batches(images.normalise(x), y, recipe.batch, recipe.pad, flip=recipe.flip),
@@ -141,7 +141,7 @@ def train(
         checkpoint=out,
         progress=progress,
     )
-    model.to(memory_format=torch.contiguous_format)
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     tensors = {**model.state_dict(), SEEN: model.training_fingerprints}
     part = kept.with_suffix(".part")
     save_file({name: value.contiguous() for name, value in tensors.items()}, part)

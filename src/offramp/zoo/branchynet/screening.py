@@ -83,7 +83,7 @@ def screen(trace: Trace, *, max_accuracy_drop: float = 0.0, grid: Sequence[float
             "samples that training never saw."
         )
     tried = screen_all(trace, grid)
-    full = float((trace.logits[-1].argmax(1) == trace.labels).double().mean())
+    full = float(torch.as_tensor(trace.logits[-1].argmax(1) == trace.labels).double().mean())
     allowed = [row for row in tried if row.accuracy >= full - max_accuracy_drop - 1e-12]
     if not allowed:
         best = max(tried, key=lambda row: (row.accuracy, -row.cost))

@@ -126,9 +126,11 @@ class GoogLeNet(nn.Module):
         """(B, 3, H, W) -> (B, C) logits; H and W at least 33."""
         x = self.maxpool1(self.conv1(x))
         x = self.maxpool2(self.conv3(self.conv2(x)))
-        x = self.maxpool3(self.inception3b(self.inception3a(x)))
-        x = self.inception4c(self.inception4b(self.inception4a(x)))
-        x = self.maxpool4(self.inception4e(self.inception4d(x)))
-        x = self.inception5b(self.inception5a(x))
+        for name in _MODULES:
+            if name == "inception4a":
+                x = self.maxpool3(x)
+            if name == "inception5a":
+                x = self.maxpool4(x)
+            x = self.get_submodule(name)(x)
         logits: Tensor = self.fc(self.dropout(x.mean(dim=(2, 3))))
         return logits
