@@ -99,11 +99,11 @@ def summarise_methods(rows: list[Row]) -> dict[str, float]:
 
 
 def summarise_rules(rows: list[Row]) -> dict[str, Any]:
-    """Mean gains over all traces: the best gate or ensemble, and the best of all rules."""
-    gains = {
-        rule: float(np.mean([row["gain"] for row in rows if row["rule"] == rule]))
-        for rule in {row["rule"]: None for row in rows}
-    }
+    """Mean gains of the rules that were tried on every trace: the best gate or ensemble, and the
+    best of all."""
+    traces = len({row["trace"] for row in rows})
+    found = {rule: [row["gain"] for row in rows if row["rule"] == rule] for rule in _rules(rows)}
+    gains = {rule: float(np.mean(own)) for rule, own in found.items() if len(own) == traces}
     best = max(set(COMBINED) & set(gains), key=lambda rule: gains[rule])
     most = max(gains, key=lambda rule: gains[rule])
     return {
@@ -113,6 +113,10 @@ def summarise_rules(rows: list[Row]) -> dict[str, Any]:
         "best_of_all_rules_gain_at_40": gains[most],
         "confidence_with_search_gain_at_40": gains["confidence"],
     }
+
+
+def _rules(rows: list[Row]) -> list[str]:
+    return list({row["rule"]: None for row in rows})
 
 
 def _worst_mean(values: dict[float, list[float]]) -> float:
