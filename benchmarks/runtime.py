@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--only", choices=sorted(_PARTS), action="append", help="these parts")
     parser.add_argument("--network", choices=list(SUBJECTS), action="append", help="these alone")
+    parser.add_argument("--engine", choices=list(ENGINES), action="append", help="these alone")
     parser.add_argument("--device", default="cpu", help="cuda: stages alone, on eager torch")
     parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
     given = parser.parse_args()
@@ -92,15 +93,21 @@ def main() -> None:
 
 
 def _joined(before: Any, now: Any) -> Any:
-    """What was measured now, and earlier rows of networks that were not."""
+    """What was measured now, and earlier rows of networks and engines that were not."""
     if isinstance(before, dict) and isinstance(now, dict):
         return {**before, **{key: _joined(before.get(key), now[key]) for key in now}}
     if isinstance(before, list) and isinstance(now, list) and "network" in before[0]:
-        fresh = {row["network"] for row in now}
-        rows = [*(row for row in before if row["network"] not in fresh), *now]
-        order = [*SUBJECTS, SMALL.name]
-        return sorted(rows, key=lambda row: order.index(row["network"]))
+        fresh = {_about(row) for row in now}
+        rows = [*(row for row in before if _about(row) not in fresh), *now]
+        return sorted(rows, key=lambda row: _ORDER.index(_about(row)))
     return now
+
+
+def _about(row: dict[str, Any]) -> tuple[str, str]:
+    return row["network"], row.get("engine", "onnxruntime")
+
+
+_ORDER = [(network, engine) for network in (*SUBJECTS, SMALL.name) for engine in ENGINES]
 
 
 # -- the parts -------------------------------------------------------------------------------------
@@ -113,7 +120,7 @@ def _networks(given: argparse.Namespace, sample: str) -> list[str]:
 def _stages(given: argparse.Namespace) -> dict[str, Any]:
     """Against the ideal and against the backbone alone, on each engine."""
     subjects = _networks(given, "resnet56_cifar")
-    engines = ["onnxruntime"] if given.quick else list(ENGINES)
+    engines = given.engine or (["onnxruntime"] if given.quick else list(ENGINES))
     engines = engines if given.device == "cpu" else ["torch"]
     batches = [1, 32] if given.quick else [1, 8, 32, 64]
     seconds = 1.5 if given.quick else 2.0
