@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from offramp.decide.policy import Policy
-from offramp.errors import DataError, EqualityError
+from offramp.errors import DataError, EqualityError, StageError
 from offramp.run import onnx_rule, runner
 from offramp.run.artifact import export, load
 from offramp.run.engines import OnnxRuntime, StepCalls
@@ -173,3 +173,25 @@ def test_a_loaded_artifact_needs_its_folder_no_more(tmp_path: Path) -> None:
     shutil.rmtree(path)
     first = next(loaded.anytime(x))
     torch.testing.assert_close(first.logits, whole(one, x)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_an_engine_that_cannot_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where stages were loaded later, it would be picked, or stop everything."""
+
+    def refuses(self: OnnxRuntime, model: bytes) -> None:
+        raise StageError("cannot execute this model")
+
+    monkeypatch.setattr(OnnxRuntime, "joins", False)
+    monkeypatch.setattr(OnnxRuntime, "session", refuses)
+    one = case("mlp")
+    made = Runner(one.model, Policy("confidence", [0.5, 0.5]), one.example, engine="auto")
+    assert made.engine.name != "onnxruntime"
+
+
+def test_inputs_are_looked_at_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked = []
+    monkeypatch.setattr(runner, "check_finite", lambda given, call: looked.append(len(given)))
+    for way, times in zip(both("cnn", [0.6, 0.6]), (0, 1), strict=True):
+        looked.clear()
+        way(example_of("cnn", 3, 1))
+        assert len(looked) == times

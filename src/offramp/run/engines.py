@@ -190,25 +190,23 @@ class _NumpyArrays(Engine):
 
 
 class StepCalls(Sequence[StepCall]):
-    """Steps made executable, which are loaded when one of them is asked for.
+    """Steps made executable, whose memory can be freed until one of them is asked for again.
 
     Attributes:
         whole: all steps in one call, as :func:`offramp.run.onnx_rule.join` describes it; ``None``
             where the engine, or this model, has none.
 
     Args:
-        count: of steps.
-        load: makes them executable.
+        load: makes them executable, now and after a release.
         whole: see above.
     """
 
-    def __init__(
-        self, count: int, load: Callable[[], list[StepCall]], whole: StepCall | None
-    ) -> None:
+    def __init__(self, load: Callable[[], list[StepCall]], whole: StepCall | None) -> None:
         self.whole = whole
-        self._count = count
         self._load = load
-        self._loaded: list[StepCall] | None = None
+        # At once, so that an engine that cannot execute them says so here.
+        self._loaded: list[StepCall] | None = load()
+        self._count = len(self._loaded)
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -275,7 +273,7 @@ class OnnxEngine(_NumpyArrays):
         selects = any(axis.of for link in links for axis in link.rows.values() if axis is not None)
         if self.joins and not selects:
             whole = self.session(join(model, links, finite).SerializeToString())
-        return StepCalls(len(links), load, whole)
+        return StepCalls(load, whole)
 
 
 def _put_aside(models: Sequence[bytes]) -> Callable[[], list[bytes]]:

@@ -292,7 +292,8 @@ class Runner:
             said = self._execute(inputs, partial(self._leaving_by, begin + deadline_ms / 1e3))
         logits = self.engine.host(said.logits)
         if not said.finite:
-            check_finite(given, self.call)
+            if whole is not None:
+                check_finite(given, self.call)
             if not np.isfinite(logits).all():
                 explain_not_finite(logits, given)
         late = deadline_ms is not None and time.perf_counter() > begin + deadline_ms / 1e3
