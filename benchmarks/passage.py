@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,15 @@ from offramp.build.model import MultiExitModel
 from offramp.build.outputs import find_logits
 from offramp.run.chain import Step, chain
 from offramp.run.difference import distance
-from offramp.run.engines import engine_of
+from offramp.run.engines import OnnxRuntime, engine_of
 from offramp.run.evaluating import evaluating
 from offramp.run.graph import cut
 from offramp.run.onnx import convert
-from offramp.run.onnx_rule import connect
+from offramp.run.onnx_rule import connect, join
 from offramp.run.proof import TOLERANCE, prove
 from offramp.run.runner import Runner
 from offramp.run.stages import StagedModel
+from offramp.run.whole import Whole
 
 __all__ = ["BATCH", "Row", "onnx_rows", "take_through", "warm_up"]
 
@@ -53,7 +54,8 @@ class Row:
         staged: the model was exported and cut, and the library's own proof holds.
         equal: with no exit taken, all exits' logits have the bits of the whole network.
         per_sample: at batch 5 each sample gets what it gets alone, exits mixed.
-        onnx: the flat ONNX file answers as the network does, none, all and some leaving.
+        onnx: the flat ONNX file answers as the network does, none, all and some leaving; and so
+            does a runner's one call of all stages.
         seconds: wall time of attach and cut.
         cpu_seconds: and the processor's time, which other programs do not stretch.
         memory_mb: peak memory of attach and cut beyond what was there, where it can be told.
@@ -328,7 +330,10 @@ def _check_file(
     import onnxruntime
 
     names = staged.call.names
-    file = connect(convert(steps), steps, names).SerializeToString()
+    model = convert(steps)
+    file = connect(model, steps, names).SerializeToString()
+    engine, links = OnnxRuntime(threads=1), [step.link for step in steps]
+    one = engine.session(join(model, links, staged.call.finite).SerializeToString())
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = 1
@@ -350,6 +355,12 @@ def _check_file(
             logits, prediction, exit, _ = session.run(None, feed)
             what = f"The file, {mix}, a batch of {len(logits)}"
             got = (logits, prediction, exit)
+            far = max(far, _compare(what, got, wanted, rows, TOLERANCE[False]))
+            limited = [replace(k, threshold=t) for k, t in zip(links[:-1], given, strict=True)]
+            whole = Whole(engine, one, [*limited, links[-1]])
+            said = whole([value[rows] for value in arrays.values()]).result(logits)
+            got = (said.logits, said.prediction, said.exit)
+            what = f"In one call, {mix}, a batch of {len(logits)}"
             far = max(far, _compare(what, got, wanted, rows, TOLERANCE[False]))
     return far
 

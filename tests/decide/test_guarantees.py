@@ -29,6 +29,7 @@ from offramp.decide.guarantees.ground import Ground
 from offramp.decide.guarantees.paths import Path, best_of_all, down_the_path
 from offramp.decide.guarantees.sweep import Sweep, walk
 from offramp.decide.guarantees.verdicts import Test
+from offramp.decide.samples import Samples
 from offramp.decide.scored import score
 from offramp.errors import Infeasible, PolicyError, TraceError
 from tests.decide.rules import random_trace
@@ -530,9 +531,37 @@ def test_nothing_is_promised_about_samples_that_fitted_the_criterion(fit):
         return fit_gates(on, max_cost=0.6)
 
     goal = {"min_agreement": 0.8, "confidence": 0.9}
-    with pytest.raises(TraceError, match="fitted on the very samples that the promise"):
+    with pytest.raises(TraceError, match="fitted on 540 of the 540 samples that the promise"):
         calibrate(calibration, fitted(calibration), **goal)
+    with pytest.raises(TraceError, match="fitted on 540 of the 540 samples that the promise"):
+        calibrate(calibration, fitted(trace), **goal)
+    some = trace.subset(torch.arange(trace.num_samples)[::3])
+    with pytest.raises(TraceError, match=r"fitted on \d+ of the 540 samples"):
+        calibrate(calibration, fitted(some), **goal)
     assert calibrate(calibration, fitted(fitting), **goal).provenance["promise"]
+
+
+def test_samples_are_told_apart_where_logits_tell():
+    trace = draw(900, 8)
+    one, other = trace.split(0.5)
+    own = Samples.of(one)
+    assert own.overlap(other) == 0
+    assert own.overlap(one) == own.overlap(trace) == one.num_samples
+    few = trace.subset(torch.randperm(900, generator=torch.Generator().manual_seed(1))[:40])
+    assert own.overlap(few) == sum(
+        any(torch.equal(a, b) for b in one.logits.unbind(1)) for a in few.logits.unbind(1)
+    )
+
+
+def test_samples_that_are_alike_are_not_taken_for_the_same():
+    trace = draw(900, 8)
+    coarse = replace(trace, logits=trace.logits.sign())  # a few different rows, many of each
+    one, other = coarse.split(0.5)
+    assert Samples.of(one).overlap(other) == 0
+    assert Samples.of(one).overlap(one) == one.num_samples
+    twice = trace.subset(torch.arange(900) // 2)  # each image comes two times in the data set
+    one, other = twice.split(0.5)
+    assert Samples.of(one).overlap(other) == 0
 
 
 def test_promises_need_labels_and_the_right_network():
@@ -544,5 +573,5 @@ def test_promises_need_labels_and_the_right_network():
         calibrate(
             random_trace(200), min_agreement=0.7, confidence=0.9, path=random_trace(99, exits=3)
         )
-    with pytest.raises(TraceError, match="holds the very samples that the promise is tested on"):
+    with pytest.raises(TraceError, match="holds 200 of the 200 samples that the promise"):
         calibrate(random_trace(200), min_agreement=0.7, confidence=0.9, path=random_trace(200))

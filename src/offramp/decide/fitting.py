@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from offramp.decide.criteria import Criterion, GeometricEnsemble, Tempered
+from offramp.decide.samples import Samples
 from offramp.decide.trace import Trace
 from offramp.errors import TraceError
 
@@ -30,18 +31,18 @@ class Temperatures:
         values: E temperatures, the last exit included.
         before: E mean negative log-likelihoods at temperature 1, in nats.
         after: E of them at the fitted temperatures.
-        fitted_on: the fingerprint of those samples.
+        fitted_on: those samples.
     """
 
     values: tuple[float, ...]
     before: tuple[float, ...]
     after: tuple[float, ...]
-    fitted_on: str = ""
+    fitted_on: tuple[Samples, ...] = ()
 
     def apply(self, inner: str | Criterion = "confidence") -> Tempered:
         """A criterion on the tempered logits."""
         rule = Tempered(inner, self.values)
-        rule.fitted_on = (self.fitted_on, *rule.inner.fitted_on)
+        rule.fitted_on = (*self.fitted_on, *rule.inner.fitted_on)
         return rule
 
 
@@ -67,7 +68,7 @@ def fit_temperatures(trace: Trace) -> Temperatures:
         values.append(fitted if better else 1.0)
         before.append(plain)
         after.append(tempered if better else plain)
-    return Temperatures(tuple(values), tuple(before), tuple(after), trace.fingerprint)
+    return Temperatures(tuple(values), tuple(before), tuple(after), (Samples.of(trace),))
 
 
 def fit_ensemble(trace: Trace) -> GeometricEnsemble:
@@ -90,7 +91,7 @@ def fit_ensemble(trace: Trace) -> GeometricEnsemble:
         own[k] = 1.0
         weights.append(stack(logs[: k + 1], labels, own).tolist())
     rule = GeometricEnsemble(weights)
-    rule.fitted_on = (trace.fingerprint,)
+    rule.fitted_on = (Samples.of(trace),)
     return rule
 
 

@@ -21,13 +21,14 @@ def kept_policy(trace: Trace, rule: Criterion, goal: Goal, promise: Promise) -> 
 
     Raises:
         Infeasible: there is none, or too few samples to say so; it tells how many would do.
-        TraceError: the criterion was fitted on these very samples.
+        TraceError: the criterion was fitted on some of these samples.
     """
-    if trace.fingerprint in rule.fitted_on:
+    shared = max((samples.overlap(trace) for samples in rule.fitted_on), default=0)
+    if shared:
         raise TraceError(
-            f"The criterion {rule.name!r} was fitted on the very samples that the promise is about "
-            f"to be tested on, which would void it. Fit it on one part and calibrate on the other: "
-            f"fitting, calibration = trace.split(0.3)."
+            f"The criterion {rule.name!r} was fitted on {shared} of the {trace.num_samples} "
+            f"samples that the promise is about to be tested on, which would void it. Fit it on "
+            f"one part and calibrate on the other: fitting, calibration = trace.split(0.3)."
         )
     kept = promised(trace, rule, promise)
     about = provenance(trace, kept.scored, kept.thresholds)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -39,7 +40,6 @@ class Answer:
         exit: (B,) int64.
         logits: (B, C); ``None`` as long as nobody left.
         score: (B,); likewise.
-        entered: how many samples came to each step.
         finite: whether inputs and logits are known to be finite; if not, they have to be looked at.
     """
 
@@ -47,7 +47,6 @@ class Answer:
     exit: np.ndarray
     logits: Array = None
     score: Array = None
-    entered: list[int] = field(default_factory=list)
     finite: bool = False
 
     def add(self, exit: int, rows: np.ndarray, logits: Array, score: Array) -> None:
@@ -60,8 +59,14 @@ class Answer:
         self.logits = self.engine.scatter(self.logits, logits, rows, samples)
         self.score = self.engine.scatter(self.score, score, rows, samples)
 
-    def result(self, logits: np.ndarray, like: Tensor | np.ndarray) -> Result:
-        """As arrays of the kind of ``like``; ``logits`` are the answer's, on the host."""
+    @cached_property
+    def host_logits(self) -> np.ndarray:
+        """(B, C), once all rows have left."""
+        return self.engine.host(self.logits)
+
+    def result(self, like: Tensor | np.ndarray) -> Result:
+        """As arrays of the kind of ``like``."""
+        logits = self.host_logits
         prediction = logits.argmax(-1)
         if isinstance(like, np.ndarray):
             return Result(prediction, logits, self.exit, self.engine.host(self.score))

@@ -22,6 +22,7 @@ from torch.export import Dim
 from offramp.errors import StageError
 from offramp.run.onnx_empty import allow_empty
 from offramp.run.onnx_forms import bring_into_form
+from offramp.run.onnx_layout import keep_in_blocks
 from offramp.run.rows import RowAxis
 
 if TYPE_CHECKING:
@@ -81,6 +82,8 @@ def convert(steps: Sequence[Step]) -> onnx.ModelProto:
     if converted is None:
         raise StageError("torch.onnx gave no model for these stages. Use engine='torch'.")
     model = converted.model_proto
+    begins = [f"{k}/{name}" for k, s in enumerate(steps) if k for name in s.inputs]
+    keep_in_blocks(model, begins)
     allow_empty(model, [f"0/{name}" for name in steps[0].inputs])
     return model
 

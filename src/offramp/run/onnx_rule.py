@@ -65,8 +65,8 @@ def join(model: onnx.ModelProto, steps: Sequence[Link], summed: Sequence[bool]) 
     Returns:
         A model with the step's inputs in order and ``thresholds`` (K - 1,) behind them. Outputs:
         ``check`` (), finite where all logits and the inputs in ``summed`` are (and maybe infinite
-        where they are large); the logits (R_k, C) and score (R_k,) of each step for the rows that
-        came there; and for each step but the last which of its rows go on, (R_k,) bool.
+        where they are large); and the logits (R_k, C) and score (R_k,) of each step for the rows
+        that came there.
 
     Raises:
         StageError: samples are taken out by a ``select`` function.
@@ -94,6 +94,7 @@ class _Rule:
         self.constants: dict[str, np.ndarray] = {}
         self.accepts: list[str] = []  # (R,) bool of each step: leaves here
         self.goes: list[str] = []  # (R,) bool: goes on
+        self.sizes: list[onnx.ValueInfoProto] = []  # of what is taken
         self._found: dict[int, str] = {}
         self._put_together()
 
@@ -111,6 +112,8 @@ class _Rule:
             for name in step.inputs:
                 made = [f"{position}/{name}"]
                 self.nodes.append(helper.make_node("Identity", [live[name]], made))
+                if live[name].startswith("rule/"):
+                    self._sized_like(live[name], self.known[made[0]])
             self.nodes.extend(node for node in part if node.output[0] not in placed)
             placed.update(node.output[0] for node in part)
             live.update({name: f"{position}/{name}" for name in step.outputs})
@@ -130,6 +133,17 @@ class _Rule:
                 for i, name in enumerate(values):
                     if name in clash:
                         values[i] = f"inner/{name}"
+
+    def _sized_like(self, name: str, value: onnx.ValueInfoProto) -> None:
+        """Name the number of rows that were taken, which is found out only when they are.
+
+        Of two sizes without a name a runtime cannot know that they are the same, and so cannot
+        write a result over what it was made of.
+        """
+        said = onnx.ValueInfoProto()
+        said.CopyFrom(value)
+        said.name = name
+        self.sizes.append(said)
 
     def _found_rows(self, position: int) -> str:
         """(1, R') int64: the rows that go on behind a step."""
@@ -213,7 +227,6 @@ class _Rule:
         self.nodes.append(helper.make_node("Sum", sums, ["check"]))
         outputs = [helper.make_tensor_value_info("check", TensorProto.FLOAT, [])]
         outputs += [self.known[name] for name in said]
-        outputs += [helper.make_tensor_value_info(n, TensorProto.BOOL, [None]) for n in self.goes]
         return self._model(outputs)
 
     def _type(self, name: str) -> int:
@@ -238,7 +251,7 @@ class _Rule:
         known = {value.name for value in made}
         kept = [value for value in self.source.graph.initializer if value.name not in known]
         graph = helper.make_graph(
-            self.nodes, "offramp", inputs, outputs, [*kept, *made], value_info=list(info)
+            self.nodes, "offramp", inputs, outputs, [*kept, *made], value_info=[*info, *self.sizes]
         )
         return model_like(graph, self.source)
 

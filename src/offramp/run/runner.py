@@ -152,7 +152,8 @@ class Runner:
         # What is not in single precision is not looked at inside of the one call.
         pairs = zip(call.finite, call.tensors, strict=True)
         self._looks = any(finite and value.dtype != torch.float32 for finite, value in pairs)
-        self._checked: tuple[Any, ...] | None = None
+        self._takes_one = call.flat == (1, ())
+        self._checked: list[Any] | None = None
         self._compact = Compaction(engine, self._inputs, selector)
         self.max_batch = rows_in_memory(row_bytes)
         self.times = StageTimes.none()
@@ -274,8 +275,7 @@ class Runner:
         """
         begin = time.perf_counter()
         given = self._given(args, kwargs)
-        samples = samples_of(given, self._selector)
-        if samples > self.max_batch:
+        if samples_of(given, self._selector) > self.max_batch:
             return self._in_pieces(given, deadline_ms, begin)
         return self._answer(given, deadline_ms, begin)
 
@@ -290,31 +290,27 @@ class Runner:
             said = self._stepwise(inputs)
         else:
             said = self._execute(inputs, partial(self._leaving_by, begin + deadline_ms / 1e3))
-        logits = self.engine.host(said.logits)
         if not said.finite:
             if whole is not None:
                 check_finite(given, self.call)
-            if not np.isfinite(logits).all():
-                explain_not_finite(logits, given)
+            _look(said, given)
         late = deadline_ms is not None and time.perf_counter() > begin + deadline_ms / 1e3
-        self._tally.add(said.exit, said.entered, missed=len(said.exit) if late else 0)
-        return said.result(logits, given[0])
+        self._tally.add(said.exit, missed=len(said.exit) if late else 0)
+        return said.result(given[0])
 
     def _stepwise(self, inputs: Sequence[Array]) -> Answer:
         """Stage by stage; a single row leaves or goes on, with no rows to keep apart."""
         if samples_of(inputs, self._selector) > 1:
             return self._execute(inputs, self._leaving)
         values = dict(zip(self._inputs, inputs, strict=True))
-        entered: list[int] = []
         for link, call in zip(self._links, self._calls, strict=True):
-            entered.append(1)
             outputs = call([values[name] for name in link.inputs])
             values.update(zip(link.outputs, outputs, strict=True))
             score = self.engine.host(values["score"])
             if score[0] >= score.dtype.type(link.threshold):
                 break
         exit = np.array([link.exit])
-        return Answer(self.engine, exit, values["logits"], values["score"], entered)
+        return Answer(self.engine, exit, values["logits"], values["score"])
 
     def _in_pieces(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
         """A batch that would not fit into memory, as several."""
@@ -346,10 +342,8 @@ class Runner:
             values.update(zip(link.outputs, outputs, strict=True))
             answer = Answer(self.engine, np.zeros(len(rows), np.int64))
             answer.add(link.exit, rows, values["logits"], values["score"])
-            logits = self.engine.host(answer.logits)
-            if not np.isfinite(logits).all():
-                explain_not_finite(logits, given)
-            yield answer.result(logits, given[0])
+            _look(answer, given)
+            yield answer.result(given[0])
 
     def all_exits(self, *args: Any, **kwargs: Any) -> ExitOutputs:  # noqa: ANN401
         """Logits of every exit for a batch, nobody leaving: what :func:`offramp.record` records.
@@ -375,9 +369,10 @@ class Runner:
         return ExitOutputs(logits, logits[-1])
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-        given = flat_call(args, kwargs, self.call)
+        alone = self._takes_one and len(args) == 1 and not kwargs and type(args[0]) in _PLAIN
+        given = list(args) if alone else flat_call(args, kwargs, self.call)
         # What has just the shapes and types of a call that was checked needs no second look.
-        kind = None if given is None else tuple((type(v), v.dtype, v.shape) for v in given)
+        kind = None if given is None else [(type(v), v.dtype, v.shape) for v in given]
         if given is not None and kind == self._checked:
             return given
         checked = check_call(args, kwargs, self.call, self._selector)
@@ -412,7 +407,6 @@ class Runner:
         for position, (link, call) in enumerate(zip(self._links, self._calls, strict=True)):
             outputs = call([values[name] for name in link.inputs])
             values.update(zip(link.outputs, outputs, strict=True))
-            answer.entered.append(int(waiting.sum()))
             last = position == len(self._links) - 1
             told = leaving(position, values)
             gone = waiting if last else waiting & told
@@ -455,4 +449,11 @@ class Runner:
         self._tally = Tally(self.costs, [link.exit for link in self._links])
 
 
+def _look(said: Answer, given: Sequence[Any]) -> None:
+    """Refuse logits that are not finite."""
+    if not np.isfinite(said.host_logits).all():
+        explain_not_finite(said.host_logits, given)
+
+
 _ANSWER = ("logits", "score")
+_PLAIN = (Tensor, np.ndarray)

@@ -45,24 +45,23 @@ class Tally:
         heads = [cost if k in kept else 0.0 for k, cost in enumerate(costs.heads)]
         self._costs = np.cumsum(np.add(costs.stages, heads))
         self._lock = threading.Lock()
-        self._kept = tuple(kept)
+        # Who leaves at an exit that runs came to every stage up to it.
+        self._from = (0, *(exit + 1 for exit in kept[:-1]))
         self._taken = [0] * len(costs.stages)
-        self._entered = [0] * len(kept)
         self._missed = 0
 
-    def add(self, exits: np.ndarray, entered: Sequence[int], missed: int) -> None:
-        """Count a batch: the exit of each sample (B,), and how many entered each stage."""
+    def add(self, exits: np.ndarray, missed: int) -> None:
+        """Count a batch: the exit of each sample (B,), and how many missed their deadline."""
         with self._lock:
             self._missed += missed
             for exit in exits.tolist():
                 self._taken[exit] += 1
-            for position, count in enumerate(entered):
-                self._entered[position] += count
 
     def stats(self) -> Stats:
         """The counts so far."""
         with self._lock:
-            taken, entered, missed = tuple(self._taken), tuple(self._entered), self._missed
+            taken, missed = tuple(self._taken), self._missed
         samples = sum(taken)
+        entered = tuple(sum(taken[exit:]) for exit in self._from)
         mean = float(np.dot(taken, self._costs)) / samples if samples else math.nan
         return Stats(samples, taken, entered, mean, missed)

@@ -31,9 +31,9 @@ class Whole:
         self._engine = engine
         self._call = call
         self._exits = [link.exit for link in links]
-        limits = [link.threshold for link in links[:-1]]
-        # A single step has no such input.
-        self._limits = [np.array(limits, np.float32)] if limits else []
+        self._taken = [np.array([link.exit]) for link in links]
+        self._limits = np.array([link.threshold for link in links[:-1]], np.float32)
+        self._more = [self._limits] if len(links) > 1 else []  # a single step has no such input
 
     def under(self, links: Sequence[Link]) -> Whole:
         """The same call under the thresholds of other links."""
@@ -41,29 +41,27 @@ class Whole:
 
     def trim(self, inputs: Sequence[Array]) -> None:
         """As in :class:`offramp.run.engines.Engine`."""
-        self._engine.trim(self._call, [*inputs, *self._limits])
+        self._engine.trim(self._call, [*inputs, *self._more])
 
     def __call__(self, inputs: Sequence[Array]) -> Answer:
         """The answers to a batch."""
-        check, *said = self._call([*inputs, *self._limits])
-        count = len(self._exits)
-        logits, scores, goes = said[: 2 * count : 2], said[1 : 2 * count : 2], said[2 * count :]
-        finite = math.isfinite(check.item())
+        check, *said = self._call([*inputs, *self._more])
+        logits, scores = said[::2], said[1::2]
+        finite = math.isfinite(check)
         if len(logits[0]) == 1:
-            last = max(k for k in range(count) if len(logits[k]))
-            entered = [1] * (last + 1)
-            exit = np.array([self._exits[last]])
-            return Answer(self._engine, exit, logits[last], scores[last], entered, finite)
+            last = len(logits) - 1
+            while not len(logits[last]):
+                last -= 1
+            exit = self._taken[last].copy()
+            return Answer(self._engine, exit, logits[last], scores[last], finite)
         # What the first step says of all rows is written over by what later ones say of some.
-        answer = Answer(self._engine, np.full(len(logits[0]), self._exits[0]))
-        answer.logits, answer.score, answer.finite = logits[0], scores[0], finite
         rows = np.arange(len(logits[0]))
-        answer.entered.append(len(rows))
-        for position, stays in enumerate(goes, 1):
-            rows = rows[stays]
+        exit = np.full(len(rows), self._exits[0])
+        answer = Answer(self._engine, exit, logits[0], scores[0], finite)
+        for position, limit in enumerate(self._limits, 1):
+            rows = rows[~(scores[position - 1] >= limit)]  # a score that is not a number stays
             if not len(rows):
                 break
-            answer.entered.append(len(rows))
             answer.exit[rows] = self._exits[position]
             answer.logits[rows], answer.score[rows] = logits[position], scores[position]
         return answer

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from offramp.decide.samples import Samples
 from offramp.errors import PolicyError, unknown_name
 
 __all__ = ["Criterion", "State", "criterion", "criterion_from_json", "criterion_to_json", "known"]
@@ -32,14 +33,14 @@ class Criterion(nn.Module):
         stateful: whether exits pass state on. Every exit of a stateful rule runs, also where its
             threshold is ``+inf``.
         combines: whether the logits that leave are not those of the exit alone (an ensemble).
-        fitted_on: fingerprints of the traces that its parameters were fitted on, so that nothing is
-            promised about the same samples; not kept in files.
+        fitted_on: the samples that its parameters were fitted on, so that nothing is promised about
+            the same ones; not kept in files.
     """
 
     name: ClassVar[str]
     stateful: ClassVar[bool] = False
     combines: ClassVar[bool] = False
-    fitted_on: tuple[str, ...] = ()
+    fitted_on: tuple[Samples, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
         super().__init_subclass__(**kwargs)

@@ -11,6 +11,7 @@ from offramp.decide.criteria import Criterion
 from offramp.decide.guarantees.paths import Path, learn_path
 from offramp.decide.guarantees.risks import Risk, losses
 from offramp.decide.guarantees.sweep import Changes, Sweep
+from offramp.decide.samples import Samples
 from offramp.decide.scored import Scored
 from offramp.decide.trace import Trace
 from offramp.errors import TraceError
@@ -31,7 +32,7 @@ class Ground:
         seed: of that part.
 
     Raises:
-        TraceError: the traces have different numbers of exits, or are the same samples.
+        TraceError: the traces have different numbers of exits, or share samples.
     """
 
     def __init__(
@@ -42,10 +43,12 @@ class Ground:
                 f"The trace for the path has {path.num_exits} exits, the calibration trace "
                 f"{trace.num_exits}: record both from the same model."
             )
-        if path is not None and path.fingerprint == trace.fingerprint:
+        shared = Samples.of(path).overlap(trace) if path is not None else 0
+        if shared:
             raise TraceError(
-                "The trace for the path holds the very samples that the promise is tested on, "
-                "which would void it: give other samples, or none, and some of these are set aside."
+                f"The trace for the path holds {shared} of the {trace.num_samples} samples that "
+                "the promise is tested on, which would void it: give other samples, or none, and "
+                "some of these are set aside."
             )
         self.trace, self.rule, self.other, self.seed = trace, rule, path, seed
         self._losses: dict[str, tuple[Scored, Tensor]] = {}
