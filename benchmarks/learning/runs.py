@@ -95,7 +95,9 @@ def model_of(run: Run, keep: Keep) -> MultiExitModel:
     backbone = run.task.backbone(keep.data)
     example = normalise(keep.images(run.task)["train_x"][:4])
     places = list(run.task.exits)
-    model = offramp.attach(backbone, example, exits=places, cascade=run.setting.cascade)
+    model = offramp.attach(
+        backbone, example, exits=places, heads=run.task.heads, cascade=run.setting.cascade
+    )
     if run.done(keep):
         model.load_state_dict(load_file(run.folder(keep) / "model.safetensors"))
     elif run.before is not None:

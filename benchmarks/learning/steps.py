@@ -99,7 +99,7 @@ def candidates(task: Task, data: Path) -> dict[str, Any]:
     """What is compared: functions of a loader."""
     network = task.backbone(data)
     example = Clocked(task, 1).batch[0][:4]
-    model = offramp.attach(task.backbone(data), example, exits=list(task.exits))
+    model = offramp.attach(task.backbone(data), example, exits=list(task.exits), heads=task.heads)
     made = {PLAIN: partial(by_hand, network)}
     return made | {name: partial(by_fit, model, setting=name) for name in TIMED}
 

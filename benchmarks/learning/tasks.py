@@ -46,6 +46,7 @@ class Task:
         images: reads the images, from the folder of data: parts ``train``, ``test`` and, where
             thresholds are calibrated on images of the training set that are held out, ``held``.
         exits: fractions of the cost at which exits stand, or their places.
+        heads: the kind of head at each of them.
         passes: over the training images.
         rate: the highest learning rate.
         pad: pixels by which training images are shifted at the most.
@@ -66,6 +67,7 @@ class Task:
     begins: str
     calibrated_on: str
     train_images: int = 60_000
+    heads: str = "deep"
 
     @property
     def epochs(self) -> int:

@@ -29,13 +29,16 @@ FEATURES = {
 }
 
 
+MAPS = ("conv", "deep")  # they take no vectors
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "layout"),
     [
         pytest.param(name, *feature, id=f"{name}-{kind}")
-        for name in ("auto", "pool", "conv")
+        for name in ("auto", "pool", "conv", "deep")
         for kind, feature in FEATURES.items()
-        if (name, kind) != ("conv", "vector")
+        if kind != "vector" or name not in MAPS
     ],
 )
 def test_a_head_for_every_feature(name, shape, layout):
@@ -86,9 +89,9 @@ def test_vectors_get_one_or_two_linear_layers():
     ("name", "shape", "layout"),
     [
         pytest.param(name, *feature, id=f"{name}-{kind}")
-        for name in ("auto", "pool", "conv", "mlp")
+        for name in ("auto", "pool", "conv", "deep", "mlp")
         for kind, feature in FEATURES.items()
-        if kind not in {"conv": ["vector"], "mlp": [*FEATURES][2:]}.get(name, [])
+        if kind not in {"mlp": [*FEATURES][2:]}.get(name, ["vector"] * (name in MAPS))
     ],
 )
 def test_condensing_takes_no_parameters_and_little_space(name, shape, layout):
@@ -123,6 +126,16 @@ def test_a_width_by_name():
             make_head(name, torch.zeros(2, 3), 2)
     with pytest.raises(HeadError, match="Unknown head 'con'. Did you mean 'conv'"):
         make_head("con:32", torch.zeros(2, 3, 4, 4), 2)
+
+
+def test_a_deep_head_halves_the_positions_twice():
+    feature = torch.randn(2, 16, 32, 32)
+    head = make_head("deep:24", feature, 3).eval()
+    assert head.condense(feature) is feature
+    assert head.reduce(feature).shape == (2, 24, 8, 8)
+    assert make_head("deep", feature, 3).reduce[-3].out_channels == 32
+    with pytest.raises(HeadError, match="'deep' takes maps and the feature has shape"):
+        make_head("deep", torch.zeros(2, 3), 2)
 
 
 def test_a_masked_mean_sees_no_padding():

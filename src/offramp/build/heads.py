@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _SIDES, _WIDTHS = (8, 6, 4, 3, 2), (128, 64, 32, 16)
+_DEEP_SIDE = 32
 
 
 class TwoStepHead(nn.Module):
@@ -80,15 +81,16 @@ class VectorHead(TwoStepHead):
 class MapHead(TwoStepHead):
     """Maps of one to three spatial dimensions to ``(B, C)``.
 
-    Average pooling to at most ``side`` positions per dimension, a 3-wide convolution with batch
-    norm and ReLU (where ``hidden`` is given), global average, one linear layer.
+    Average pooling to at most ``side`` positions per dimension, 3-wide convolutions with batch norm
+    and ReLU (where ``hidden`` is given), global average, one linear layer.
 
     Args:
         shape: of the feature, batch included.
         num_classes: C.
-        hidden: channels of the convolution; ``None`` for pooling alone.
-        side: positions per spatial dimension that the convolution sees.
+        hidden: channels of the convolutions; ``None`` for pooling alone.
+        side: positions per spatial dimension that the first convolution sees.
         last: whether the channels are last.
+        depth: how many convolutions. With more than one, each halves the positions.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class MapHead(TwoStepHead):
         hidden: int | None = None,
         side: int = 8,
         last: bool = False,
+        depth: int = 1,
     ) -> None:
         super().__init__()
         space = tuple(shape[1:-1] if last else shape[2:])
@@ -107,12 +110,11 @@ class MapHead(TwoStepHead):
         self.reduce: nn.Sequential | None = None
         if hidden is not None:
             window = tuple(_window(size, side) for size in space)
-            self.reduce = nn.Sequential(
-                pool(window, window) if max(window) > 1 else nn.Identity(),
-                conv(channels, hidden, 3, padding=1, bias=False),
-                norm(hidden),
-                nn.ReLU(),
-            )
+            parts = [pool(window, window) if max(window) > 1 else nn.Identity()]
+            stride = 1 if depth == 1 else 2
+            for wide in (channels, *[hidden] * (depth - 1)):
+                parts += [conv(wide, hidden, 3, stride, 1, bias=False), norm(hidden), nn.ReLU()]
+            self.reduce = nn.Sequential(*parts)
         self.classifier = nn.Linear(channels if hidden is None else hidden, num_classes)
 
     def forward(self, feature: Tensor) -> Tensor:
@@ -213,15 +215,17 @@ def make_head(
     """A new head for a feature, on its device and of its type.
 
     Args:
-        name: ``"auto"``, ``"linear"``, ``"mlp"``, ``"conv"``, ``"pool"``, ``"token"`` or
-            ``"identity"`` (the feature is logits already). ``"mlp:64"`` and ``"conv:32"`` say how
-            wide the head is inside, which the feature says otherwise.
+        name: ``"auto"``, ``"linear"``, ``"mlp"``, ``"conv"``, ``"deep"`` (two convolutions, as in
+            MSDNet, Huang et al., 2018: dearer, and early features of images need it), ``"pool"``,
+            ``"token"`` or ``"identity"`` (the feature is logits already). ``"mlp:64"``,
+            ``"conv:32"`` and ``"deep:64"`` say how wide the head is inside, which the feature says
+            otherwise.
         feature: an example; only its shape, type and device count.
         num_classes: width of the logits.
         layout: such as ``"NHWC"``; found from the shape if not given.
-        budget: multiply-accumulates per sample that a convolutional head may cost. The dearest
-            width and resolution that fit are taken; where none do, pooling alone, or of a width
-            that was asked for the lowest resolution.
+        budget: multiply-accumulates per sample that the head "conv" may cost. The dearest width
+            and resolution that fit are taken; where none do, pooling alone, or of a width that was
+            asked for the lowest resolution.
 
     Raises:
         HeadError: an unknown name or layout, or a feature that this head does not take.
@@ -318,6 +322,18 @@ def _conv(
     return MapHead(shape, classes, width, side, last)
 
 
+def _deep(
+    shape: tuple[int, ...], last: bool, classes: int, hidden: int | None, budget: float | None
+) -> nn.Module:
+    if len(shape) < 3:
+        raise HeadError(
+            f"The head 'deep' takes maps and the feature has shape {shape}. Use 'auto' or 'mlp'."
+        )
+    channels = shape[-1] if last else shape[1]
+    width = hidden or min(max(2 * channels, 32), 128)
+    return MapHead(shape, classes, width, _DEEP_SIDE, last, depth=2)
+
+
 def _window(size: int, side: int) -> int:
     """The least window that leaves at most ``side`` positions and drops little at the edge."""
     for window in range(-(-size // side), size):
@@ -356,13 +372,14 @@ def _identity(
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "auto": _auto,
     "conv": _conv,
+    "deep": _deep,
     "identity": _identity,
     "linear": _linear,
     "mlp": _mlp,
     "pool": _pool,
     "token": _token,
 }
-_WIDE = ("conv", "mlp")  # those that have something inside
+_WIDE = ("conv", "deep", "mlp")  # those that have something inside
 
 
 def asked_inputs(head: nn.Module) -> tuple[str, ...]:
