@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 import offramp
 from offramp.build.model import MultiExitModel, attach
-from offramp.decide.policy import Policy
-from offramp.errors import StageError
+from offramp.decide.policy import Policy, replay
+from offramp.decide.pruning import prune_exits
+from offramp.errors import PolicyError, StageError
 from offramp.run.graph import cut
 from offramp.run.runner import Runner
 from tests.networks import example_of, make
@@ -148,3 +150,35 @@ def test_what_is_cut_by_hand_hands_on_no_logits_and_says_so() -> None:
     model = attach(net, example, exits=["1", "2"], cascade=True)
     with pytest.raises(StageError, match=r"torch\.export refuses this model"):
         Runner(model, Policy("confidence", [0.5, 0.5]), example, engine="torch")
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_heads_that_later_ones_read_are_counted(pattern: str) -> None:
+    model, limits = cascaded("mlp"), thresholds_of("mlp", pattern)
+    x = example_of("mlp", 64, seed=2)
+    policy = Policy("confidence", limits)
+    trace = offramp.record(model, [(x, torch.zeros(64, dtype=torch.long))], progress=False)
+    runner = Runner(model, policy, example_of("mlp", 5))
+    runner(x)
+    heads = model.costs.heads
+    last = max((k for k, limit in enumerate(limits) if limit < OFF), default=-1)
+    paid = [sum(heads[: min(k, last) + 1]) + sum(model.costs.stages[: k + 1]) for k in range(4)]
+    exits = replay(trace, policy).exit
+    wanted = sum(paid[int(k)] for k in exits) / 64
+    assert runner.stats.mean_cost == pytest.approx(wanted)
+    assert float(replay(trace, policy).cost.mean()) == pytest.approx(wanted)
+
+
+def test_a_trace_knows_that_its_exits_are_in_a_cascade(tmp_path: Path) -> None:
+    model = cascaded("mlp")
+    batch = (example_of("mlp", 30), torch.zeros(30, dtype=torch.long))
+    trace = offramp.record(model, [batch], path=tmp_path / "trace.safetensors", progress=False)
+    again = offramp.Trace.load(tmp_path / "trace.safetensors")
+    assert trace.cascade
+    assert again.cascade
+    fewer = again.keep_exits([0, 2])
+    assert fewer.head_costs.tolist() == [
+        trace.head_costs[0], float(trace.head_costs[1:3].sum()), 0.0
+    ]  # fmt: skip
+    with pytest.raises(PolicyError, match="Exits of a cascade cannot be pruned"):
+        prune_exits(again, 0.9)

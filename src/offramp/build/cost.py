@@ -40,12 +40,14 @@ class ExitCosts:
         heads: E numbers, the head of each exit; the last is 0, the backbone being its own head.
         unit: always ``"MACs"``.
         by: the measure that chose the places: ``"macs"``, ``"params"`` or ``"latency"``.
+        cascade: whether each head reads the one before it, and so needs it to run.
     """
 
     stages: tuple[float, ...]
     heads: tuple[float, ...]
     unit: str = "MACs"
     by: str = "macs"
+    cascade: bool = False
 
     @property
     def full(self) -> float:

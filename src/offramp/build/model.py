@@ -199,7 +199,8 @@ def attach(
         for head, call in zip(wanted, calls, strict=True):
             previous = made[-1].logits if cascade and made else None
             made.append(_make(head, call, found, named, previous))
-    costs = ExitCosts(_stage_costs(found, calls), (*(head.macs for head in made), 0.0), by=cost)
+    heads_cost = (*(head.macs for head in made), 0.0)
+    costs = ExitCosts(_stage_costs(found, calls), heads_cost, by=cost, cascade=cascade)
     return MultiExitModel(
         backbone,
         Taps(backbone, places),

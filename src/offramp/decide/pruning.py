@@ -74,7 +74,8 @@ def prune_exits(
 
     Raises:
         PolicyError: a criterion that carries state, whose scores depend on the subset in ways that
-            one trace cannot show subset by subset cheaply; a budget that no subset meets.
+            one trace cannot show subset by subset cheaply; a cascade; a budget that no subset
+            meets.
         TraceError: the trace is of training data.
     """
     if trace.labels is not None:
@@ -92,6 +93,11 @@ def prune_exits(
         raise PolicyError(
             f"Exits cannot be pruned under {named.name!r}, whose scores change with the exits "
             f"before. Prune under 'confidence', and calibrate the kept exits under it."
+        )
+    if trace.cascade:
+        raise PolicyError(
+            "Exits of a cascade cannot be pruned on one trace: each head reads the one before it, "
+            "so leaving an exit out saves no head. Attach without cascade=True, and record anew."
         )
     whole = score(trace, named)
     right = worth.correctness(trace, whole)

@@ -87,6 +87,7 @@ def record(
         cost_unit=str(costs.unit),
         places=places if len(places) == len(logits) else (*places, "backbone"),
         source=source or "unknown",
+        cascade=costs.cascade,
     )
     if path is not None:
         trace.save(path)

@@ -120,7 +120,7 @@ def score(trace: Trace, rule: Criterion, loss: Loss | None = None) -> Scored:
         predictions,
         trace.stage_costs / full,
         trace.head_costs / full,
-        not rule.stateful,
+        not (rule.stateful or trace.cascade),
         losses,
     )
 

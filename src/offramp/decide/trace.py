@@ -38,6 +38,8 @@ class Trace:
         places: (E,) the exits' places, the last ``"backbone"``; numbered when not given.
         source: where the samples come from: ``"training"``, ``"unknown"``, or a name of yours.
         groups: (N,) int64 group of each sample, or ``None``; promises can be asked for each.
+        cascade: whether each head reads the one before it, which then runs also where its own exit
+            is off.
 
     Raises:
         TraceError: shapes that do not fit, NaN or infinite logits, labels out of range, costs that
@@ -52,6 +54,7 @@ class Trace:
     places: tuple[str, ...] = ()
     source: str = "unknown"
     groups: Tensor | None = None
+    cascade: bool = False
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # frozen for its users; normalised here, once
@@ -127,7 +130,10 @@ class Trace:
                     f"active must name the {self.num_exits - 1} auxiliary exits of the trace, "
                     f"got {len(active)} values."
                 )
-            heads = heads * torch.tensor([*active, True], dtype=torch.float64)
+            runs = torch.tensor([*active, True])
+            if self.cascade:
+                runs[: max((k for k, on in enumerate(active) if on), default=0)] = True
+            heads = heads * runs
         return self.stage_costs.cumsum(0) + heads.cumsum(0)
 
     def subset(self, index: Tensor) -> Trace:
@@ -166,6 +172,8 @@ class Trace:
     def keep_exits(self, exits: Sequence[int]) -> Trace:
         """The trace of a network with some of the auxiliary exits only.
 
+        In a cascade the heads between them still run, and count to the next one that is kept.
+
         Args:
             exits: indices of auxiliary exits to keep, each in 0..E-2; the last one always stays.
 
@@ -178,11 +186,15 @@ class Trace:
             raise TraceError(f"Auxiliary exits of this trace are 0..{last - 1}; got {bad}.")
         kept = [*sorted(set(exits)), last]
         reached = self.stage_costs.cumsum(0)[kept]
+        heads = self.head_costs[kept]
+        if self.cascade:
+            heads = torch.diff(self.head_costs.cumsum(0)[kept], prepend=reached.new_zeros(1))
+            heads[-1] = 0.0
         return replace(
             self,
             logits=self.logits[kept],
             stage_costs=torch.diff(reached, prepend=reached.new_zeros(1)),
-            head_costs=self.head_costs[kept],
+            head_costs=heads,
             places=tuple(self.places[k] for k in kept),
         )
 
@@ -202,6 +214,7 @@ class Trace:
             "places": list(self.places),
             "source": self.source,
             "fingerprint": self.fingerprint,
+            "cascade": self.cascade,
         }
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.part")
@@ -231,6 +244,7 @@ class Trace:
             places=tuple(about["places"]),
             source=str(about["source"]),
             groups=tensors.get("groups"),
+            cascade=bool(about.get("cascade", False)),
         )
         if trace.fingerprint != about["fingerprint"]:
             raise TraceError(

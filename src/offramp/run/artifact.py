@@ -172,7 +172,10 @@ def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime")
             calls,
             policy,
             ExitCosts(
-                unit=costs["unit"], stages=tuple(costs["stages"]), heads=tuple(costs["heads"])
+                unit=costs["unit"],
+                stages=tuple(costs["stages"]),
+                heads=tuple(costs["heads"]),
+                cascade=bool(costs.get("cascade", False)),
             ),
             tuple(manifest["places"]),
             call,
@@ -221,6 +224,7 @@ def _facts(model: MultiExitModel, staged: StagedModel, steps: Sequence[Step]) ->
             "unit": model.costs.unit,
             "stages": list(model.costs.stages),
             "heads": list(model.costs.heads),
+            "cascade": model.costs.cascade,
         },
         "row_bytes": staged.row_bytes,
         "steps": [_link_to_json(step) for step in steps],

@@ -42,7 +42,8 @@ class Tally:
     """
 
     def __init__(self, costs: ExitCosts, kept: Sequence[int]) -> None:
-        heads = [cost if k in kept else 0.0 for k, cost in enumerate(costs.heads)]
+        runs = range(kept[-2] + 1 if len(kept) > 1 else 0) if costs.cascade else kept
+        heads = [cost if k in runs else 0.0 for k, cost in enumerate(costs.heads)]
         self._costs = np.cumsum(np.add(costs.stages, heads))
         self._lock = threading.Lock()
         # Who leaves at an exit that runs came to every stage up to it.
