@@ -11,7 +11,9 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.export import Dim
 
+from offramp.run import onnx_guards
 from offramp.run.onnx_empty import allow_empty
+from offramp.run.onnx_guards import RECURRENT, guard, unguard
 
 
 class First(nn.Module):
@@ -57,7 +59,7 @@ def answer(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
 def test_recurrent_layers_take_any_number_of_rows(layer: nn.Module) -> None:
     module = First(layer)
     model = exported(module, 6, 4)
-    allow_empty(model)
+    guard(model, RECURRENT)
     width = module(torch.zeros(1, 6, 4)).shape[-1]
     for rows in (0, 1, 4):
         x = torch.randn(rows, 6, 4)
@@ -110,6 +112,9 @@ def test_pools_take_any_number_of_rows_in_every_engine(name: str) -> None:
     pool = POOLS[name]
     model = exported(pool, 6, 8, 8)
     allow_empty(model)
+    x = np.zeros((0, 6, 8, 8), np.float32)
+    assert len(answer(model, x)) == 0  # ONNX Runtime needs no guard
+    guard(model, onnx_guards.POOLS)
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU")
     for rows in (0, 1, 4):
@@ -121,10 +126,46 @@ def test_pools_take_any_number_of_rows_in_every_engine(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_always_has_rows_is_left_as_it_is() -> None:
-    model = exported(POOLS["largest"], 6, 8, 8)
+@pytest.mark.parametrize("name", ["mean", "largest"])
+def test_what_always_has_rows_is_left_as_it_is(name: str) -> None:
+    model = exported(POOLS[name], 6, 8, 8)
     before = model.SerializeToString()
     allow_empty(model, [model.graph.input[0].name])
+    guard(model, onnx_guards.POOLS, [model.graph.input[0].name])
     assert model.SerializeToString() == before
-    allow_empty(model)
-    assert [n.op_type for n in model.graph.node].count("Pad") == 1
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Sequential(nn.MaxPool2d(2), nn.ReLU(), nn.MaxPool2d(2)), (6, 8, 8)),
+        (First(nn.LSTM(4, 5, batch_first=True)), (6, 4)),
+    ],
+    ids=["pools", "recurrent"],
+)
+def test_a_guard_is_taken_out_again(module: nn.Module, shape: tuple[int, ...]) -> None:
+    model = exported(module, *shape)
+    nodes = [node.SerializeToString() for node in model.graph.node]
+    for _ in range(2):
+        guard(model, onnx_guards.POOLS | RECURRENT)
+        assert "Pad" in [node.op_type for node in model.graph.node]
+        x = torch.randn(3, *shape)
+        np.testing.assert_allclose(answer(model, x.numpy()), module(x).detach().numpy(), atol=1e-6)
+        unguard(model)
+        assert [node.SerializeToString() for node in model.graph.node] == nodes
+    onnx.checker.check_model(model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_guard_that_was_changed_stays() -> None:
+    model = exported(POOLS["largest"], 6, 8, 8)
+    guard(model, onnx_guards.POOLS)
+    (pool,) = [node for node in model.graph.node if node.op_type == "MaxPool"]
+    between = helper.make_node("Identity", [pool.input[0]], ["between"])
+    pool.input[0] = "between"
+    place = [node.op_type for node in model.graph.node].index("MaxPool")
+    model.graph.node.insert(place, between)
+    before = model.SerializeToString()
+    unguard(model)
+    assert model.SerializeToString() == before

@@ -22,6 +22,7 @@ from torch.export import Dim
 from offramp.errors import StageError
 from offramp.run.onnx_empty import allow_empty
 from offramp.run.onnx_forms import bring_into_form
+from offramp.run.onnx_guards import unguard
 from offramp.run.onnx_layout import keep_in_blocks
 from offramp.run.rows import RowAxis
 
@@ -110,12 +111,13 @@ def _dynamic(axis: RowAxis | None, batch: Any) -> dict[int, Any] | None:  # noqa
 
 
 def split(model: onnx.ModelProto, steps: Sequence[Link]) -> list[onnx.ModelProto]:
-    """One model for each step, its inputs and outputs in the step's order.
+    """One model for each step, its inputs and outputs in the step's order; guards are taken out.
 
     Args:
         model: what :func:`convert` or :func:`offramp.run.onnx_rule.connect` made.
         steps: the steps, or their links.
     """
+    unguard(model)  # a stage on its own is not given nothing
     graph = model.graph
     parts = parts_of(graph, steps)
     infos = {value.name: value for value in (*graph.input, *graph.output, *graph.value_info)}

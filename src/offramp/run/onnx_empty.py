@@ -1,58 +1,42 @@
-"""Operators that cannot compute on zero rows, made able to.
+"""Operators that cannot compute on zero rows, written as others that can, at no cost.
 
 Where nobody is left, the later stages of a flat file run on zero rows. Nearly all kernels then
-return at once. Three kinds do not:
+return at once. Two kinds that do not have another form:
 
-* the recurrent ones of ONNX Runtime abort the process. They get one row of zeros where there is
-  none, and it is cut off again behind them;
-* OpenVINO refuses to pool nothing. An average over windows is the convolution with equal weights,
-  and is written so, which costs nothing (padding would: it copies the map). Other poolings are
-  padded as the recurrent ones are;
+* OpenVINO refuses to pool nothing. An average over windows is the convolution with equal weights;
 * a reshape that leaves a size open (-1) beside the batch: of nothing, any size would do. The size
   is written out where it does not depend on the batch (a group norm is exported so).
+
+For those that have none, see :mod:`offramp.run.onnx_guards`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx.shape_inference
 from onnx import helper, numpy_helper
 
-__all__ = ["allow_empty"]
-
-RECURRENT = {"LSTM", "GRU", "RNN"}
-POOLS = {"AveragePool", "MaxPool", "LpPool"}
+__all__ = ["allow_empty", "computed_from"]
 
 LARGEST_SHAPE = 64  # a constant of more entries is a weight, not a shape
 
 
-class _Padded(NamedTuple):
-    """Where the batch lies around an operator."""
-
-    rank: int  # of its inputs
-    axis: int  # of them that is the batch
-    inputs: tuple[int, ...]  # those that have a batch
-    outputs: tuple[int, ...]  # for each output, the axis that is the batch
-
-
 def allow_empty(model: onnx.ModelProto, never_empty: Sequence[str] = ()) -> None:
-    """Rewrite a model in place so that all of its operators may be given zero rows.
+    """Rewrite a model in place so that more of its operators may be given zero rows.
 
     Args:
         model: what torch exported.
         never_empty: inputs that always have rows; what is computed from them is left as it is.
     """
     _settle_reshapes(model)
-    spared = _computed_from(model.graph, never_empty)
-    _convolve_averages(model, spared)
-    _pad(model, spared)
+    _convolve_averages(model, computed_from(model.graph, never_empty))
 
 
-def _computed_from(graph: onnx.GraphProto, inputs: Sequence[str]) -> set[str]:
+def computed_from(graph: onnx.GraphProto, inputs: Sequence[str]) -> set[str]:
     """The names of all values that depend on some of the inputs."""
     found = set(inputs)
     for node in graph.node:  # they come in the order of computation
@@ -142,65 +126,3 @@ def _is_linear(node: onnx.NodeProto) -> bool:
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: helper.get_attribute_value(a) for a in node.attribute}
-
-
-def _padding_of(node: onnx.NodeProto) -> _Padded | None:
-    """How an operator that needs rows is given some; ``None``: it needs none."""
-    if node.domain not in ("", "ai.onnx"):
-        return None
-    if node.op_type in RECURRENT:
-        # In the layout that torch exports: X is (time, batch, size), the initial and last states
-        # (directions, batch, size), and Y is (time, directions, batch, size).
-        return _Padded(3, 1, (0, 5, 6), (2, 1, 1))
-    if node.op_type in POOLS:
-        return _Padded(2 + len(_attributes(node)["kernel_shape"]), 0, (0,), (0, 0))
-    return None
-
-
-def _pad(model: onnx.ModelProto, spared: set[str]) -> None:
-    graph = model.graph
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        padded = _padding_of(node)
-        if padded is None or not spared.isdisjoint(node.output):
-            nodes.append(node)
-        else:
-            nodes.extend(_guarded(node, padded, len(nodes)))
-    if len(nodes) == len(graph.node):
-        return
-    del graph.node[:]
-    graph.node.extend(nodes)
-    for value in (0, 1, 2):
-        graph.initializer.append(numpy_helper.from_array(np.array([value], np.int64), _name(value)))
-
-
-def _name(value: int) -> str:
-    return f"empty/{value}"
-
-
-def _guarded(node: onnx.NodeProto, padded: _Padded, number: int) -> list[onnx.NodeProto]:
-    """The node with padding of the batch before it, and its removal behind it."""
-    tag = f"empty/{number}"
-    made: list[onnx.NodeProto] = []
-
-    def add(kind: str, inputs: list[str], name: str, **attributes: Any) -> str:  # noqa: ANN401
-        made.append(helper.make_node(kind, inputs, [f"{tag}/{name}"], **attributes))
-        return f"{tag}/{name}"
-
-    zero, one = _name(0), _name(1)
-    rows = add("Shape", [node.input[0]], "rows", start=padded.axis, end=padded.axis + 1)
-    missing = add("Sub", [one, add("Min", [rows, one], "some")], "missing")
-    ends = [missing if axis == padded.axis else zero for axis in range(padded.rank)]
-    pads = add("Concat", [zero] * padded.rank + ends, "pads", axis=0)
-    inner = onnx.NodeProto()
-    inner.CopyFrom(node)
-    for i in padded.inputs:
-        if i < len(node.input) and node.input[i]:
-            inner.input[i] = add("Pad", [node.input[i], pads], f"input_{i}")
-    made.append(inner)
-    for i, (name, axis) in enumerate(zip(node.output, padded.outputs, strict=False)):
-        if name:
-            inner.output[i] = f"{tag}/output_{i}"
-            given = [inner.output[i], zero, rows, _name(axis)]
-            made.append(helper.make_node("Slice", given, [name]))
-    return made

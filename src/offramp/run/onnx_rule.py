@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from offramp.errors import StageError
 from offramp.run.onnx import model_like, parts_of
+from offramp.run.onnx_guards import POOLS, RECURRENT, guard, unguard
 from offramp.run.rows import RowAxis
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def connect(model: onnx.ModelProto, steps: Sequence[Link], names: Sequence[str])
     """The file to deploy.
 
     Args:
-        model: what :func:`offramp.run.onnx.convert` made.
+        model: what :func:`offramp.run.onnx.convert` made; it is changed.
         steps: the steps.
         names: the names that the file's inputs get, in the order of the first step's values that
             are inputs of the model.
@@ -51,6 +52,7 @@ def connect(model: onnx.ModelProto, steps: Sequence[Link], names: Sequence[str])
             f"model's inputs are {', '.join(names)}: one name cannot stand for two. Rename the "
             "argument of the forward."
         )
+    guard(model, RECURRENT | POOLS, _first(steps))
     return _Rule(model, steps, names).file()
 
 
@@ -58,7 +60,7 @@ def join(model: onnx.ModelProto, steps: Sequence[Link], summed: Sequence[bool]) 
     """All steps in one call of a runner.
 
     Args:
-        model: what :func:`offramp.run.onnx.convert` or :func:`connect` made.
+        model: what :func:`offramp.run.onnx.convert` or :func:`connect` made; it is changed.
         steps: the steps.
         summed: for each input, whether it has to be finite.
 
@@ -71,8 +73,15 @@ def join(model: onnx.ModelProto, steps: Sequence[Link], summed: Sequence[bool]) 
     Raises:
         StageError: samples are taken out by a ``select`` function.
     """
+    unguard(model)
+    guard(model, RECURRENT, _first(steps))
     names = [f"given/{k}" for k in range(len(steps[0].inputs))]
     return _Rule(model, steps, names).joined(summed)
+
+
+def _first(steps: Sequence[Link]) -> list[str]:
+    """What always has rows."""
+    return [f"0/{name}" for name in steps[0].inputs]
 
 
 class _Rule:

@@ -1,0 +1,1 @@
+"""The named systems, measured: one a file."""

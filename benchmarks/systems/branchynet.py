@@ -1,0 +1,233 @@
+"""BranchyNet's Table I: the plain network, the one with branches, and what leaving early saves."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import offramp
+from benchmarks.running.bare import bare_call
+from offramp.analyse.intervals import paired_difference, wilson
+from offramp.build.model import MultiExitModel
+from offramp.decide.policy import Policy, replay
+from offramp.decide.trace import Trace
+from offramp.errors import Infeasible
+from offramp.run.engines import OnnxRuntime
+from offramp.run.runner import Runner
+from offramp.run.timing import compare
+from offramp.zoo.branchynet.screening import screen_all
+from offramp.zoo.images import Batches, Images, open_images
+from offramp.zoo.recipe import Recipe
+from offramp.zoo.running import plain_phases, train
+from offramp.zoo.systems import system
+
+__all__ = ["PAPER", "Conditions", "measure_branchynet"]
+
+Row = dict[str, Any]
+
+# Table I of Teerapittayanon et al. (2016): accuracies in %, gain in running time on a processor,
+# share of the samples that leave at each exit in %.
+PAPER: dict[str, Row] = {
+    "b-lenet": {"data": "MNIST", "plain": 99.20, "branches": 99.25, "gain": 5.4, "first": 94.3},
+    "b-alexnet": {"data": "CIFAR-10", "plain": 78.38, "branches": 79.19, "gain": 1.5},
+    "b-resnet110": {"data": "CIFAR-10", "plain": 80.70, "branches": 79.17, "gain": 1.9},
+}
+DATA = {"mnist": "Fashion-MNIST", "cifar10": "CIFAR-10 (JPEG)"}
+FIRST = 0.943  # of the samples leave at the first exit of B-LeNet, in the paper
+SINGLE, BATCH, BATCHES = 256, 64, 16
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How it is measured.
+
+    Attributes:
+        data: by the name of the data, the folder that it is in.
+        runs: where trainings are kept.
+        epochs: of both trainings; the recipe's where ``None``.
+        seed: of both.
+        seconds: of timing, for each policy and batch size.
+        images: to train on, at the most.
+        drop: of accuracy that may be lost, as a share.
+    """
+
+    data: dict[str, Path]
+    runs: Path
+    epochs: int | None = None
+    seed: int = 0
+    seconds: float = 10.0
+    images: int | None = None
+    drop: float = 0.0
+
+
+def measure_branchynet(name: str, given: Conditions) -> Row:
+    """One system: trained twice with the same budget, calibrated, tested and timed."""
+    recipe = system(name)
+    epochs = given.epochs or recipe.epochs
+    images = _fewer(
+        open_images(recipe.data, given.data[recipe.data], seed=given.seed), given.images
+    )
+    kept = given.runs / name / f"epochs{epochs}" / f"seed{given.seed}"
+    branchy, took = _trained(recipe, images, kept / "branches", epochs, given.seed)
+    alone = plain_phases(branchy.num_exits, epochs)
+    plain, plain_took = _trained(recipe, images, kept / "plain", epochs, given.seed, alone)
+    calibration, test = (_trace(branchy, images, part) for part in ("calibration", "test"))
+    before, full = (_trace(plain, images, part) for part in ("calibration", "test"))
+    right = _right(full)
+    rows = []
+    for way, choose in _ways(name, given.drop).items():
+        policy = choose(calibration, _accuracy(before))
+        if policy is None:
+            rows.append({"way": way, "found": False})
+            continue
+        found = _judged(test, policy, right)
+        timed = _timed(branchy, plain, policy, images, given.seconds)
+        rows.append({"way": way, "found": True, **found, **timed})
+    return {
+        "system": name,
+        "data": DATA[recipe.data],
+        "epochs": epochs,
+        "seed": given.seed,
+        "training_images": len(images.train[0]),
+        "seconds_of_training": {"branches": took, "plain": plain_took},
+        "places": list(branchy.places),
+        "stage_macs": list(branchy.costs.stages),
+        "head_macs": list(branchy.costs.heads),
+        "samples": test.num_samples,
+        "plain": _share(right),
+        "exits": [_share(test.logits[k].argmax(1) == test.labels) for k in range(test.num_exits)],
+        "last_less_plain": _paired(_right(test), right),
+        "policies": rows,
+    }
+
+
+def _fewer(images: Images, most: int | None) -> Images:
+    x, y = images.train
+    return Images((x[:most], y[:most]), images.calibration, images.test)
+
+
+def _trained(
+    recipe: Recipe,
+    images: Images,
+    out: Path,
+    epochs: int,
+    seed: int,
+    scheme: Any = None,
+) -> tuple[MultiExitModel, float]:
+    """The model and the processor seconds that its training took, in all processes."""
+    noted = out / "seconds.json"
+    begin = time.process_time()
+    model = train(recipe, images, out, epochs=epochs, seed=seed, scheme=scheme, progress=False)
+    if not noted.exists():
+        noted.write_text(json.dumps(round(time.process_time() - begin, 1)), "utf-8")
+    return model, float(json.loads(noted.read_text("utf-8")))
+
+
+def _trace(model: MultiExitModel, images: Images, part: str) -> Trace:
+    x, y = getattr(images, part)
+    return offramp.record(model, Batches(images.normalise(x), y, 500), source=part, progress=False)
+
+
+# -- thresholds ------------------------------------------------------------------------------------
+
+Choose = Callable[[Trace, float], Policy | None]
+
+
+def _ways(name: str, drop: float) -> dict[str, Choose]:
+    """How thresholds are chosen, on calibration samples."""
+
+    def screened(trace: Trace, wanted: float) -> Policy | None:
+        """The cheapest combination of the paper's grid that is as accurate as the plain network."""
+        good = [row for row in screen_all(trace) if row.accuracy >= wanted - drop - 1e-12]
+        best = min(good, key=lambda row: row.cost, default=None)
+        return None if best is None else Policy("entropy", [-nats for nats in best.nats])
+
+    def calibrated(trace: Trace, wanted: float) -> Policy | None:
+        try:
+            return offramp.calibrate(trace, "confidence", min_accuracy=wanted - drop)
+        except Infeasible:
+            return None
+
+    ways: dict[str, Choose] = {"screened": screened, "calibrated": calibrated}
+    return ways | {"first exit": _leaving_first} if name == "b-lenet" else ways
+
+
+def _leaving_first(trace: Trace, wanted: float) -> Policy:
+    """As many leave at the first exit as in the paper."""
+    del wanted
+    probabilities = trace.logits[0].double().softmax(1)
+    entropy = -torch.special.xlogy(probabilities, probabilities).sum(1)
+    return Policy("entropy", nats=[float(entropy.quantile(FIRST))])
+
+
+# -- on the test samples ---------------------------------------------------------------------------
+
+
+def _judged(test: Trace, policy: Policy, plain: Tensor) -> Row:
+    decided = replay(test, policy)
+    answered = decided.prediction == test.labels
+    shares = torch.bincount(decided.exit, minlength=test.num_exits) / test.num_samples
+    cost = float(decided.cost.mean()) / test.full_cost
+    return {
+        "thresholds": list(policy.thresholds_for(test.num_exits)),
+        "criterion": policy.criterion.name,
+        "accuracy": _share(answered),
+        "less_plain": _paired(answered, plain),
+        "shares": shares.tolist(),
+        "cost": cost,
+        "macs_speedup": 1 / cost,
+    }
+
+
+def _timed(
+    branchy: MultiExitModel, plain: MultiExitModel, policy: Policy, images: Images, seconds: float
+) -> Row:
+    """The plain network beside the one with branches, in turn, on the same test images."""
+    x = images.normalise(images.test[0][: BATCH * BATCHES])
+    runner = Runner(branchy, policy, x[:4], engine=OnnxRuntime(threads=1))
+    bare = bare_call(plain, x[:4], OnnxRuntime(threads=1))
+    found: Row = {"in_one_call": runner.in_one_call}
+    for size, count in ((1, SINGLE), (BATCH, BATCH * BATCHES)):
+        parts = [part.numpy() for part in x[:count].split(size)]
+        times = compare(
+            {
+                "plain": lambda parts=parts: [bare([part]) for part in parts],
+                "branches": lambda parts=parts: [runner(part) for part in parts],
+            },
+            repeats=1000,
+            seconds=seconds,
+        )
+        decided = torch.cat([torch.as_tensor(runner(part).exit) for part in parts])
+        found[f"batch_{size}"] = {
+            "plain_us": 1e3 * times["plain"] / count,
+            "branches_us": 1e3 * times["branches"] / count,
+            "speedup": times["plain"] / times["branches"],
+            "first": float((decided == 0).double().mean()),
+        }
+    return found
+
+
+def _right(trace: Trace) -> Tensor:
+    return trace.logits[-1].argmax(1) == trace.labels
+
+
+def _accuracy(trace: Trace) -> float:
+    return float(_right(trace).double().mean())
+
+
+def _share(right: Tensor) -> Row:
+    hits = int(right.sum())
+    return {"accuracy": hits / len(right), "interval": list(wilson(hits, len(right)))}
+
+
+def _paired(one: Tensor, other: Tensor) -> Row:
+    gained, lost = int((one & ~other).sum()), int((other & ~one).sum())
+    interval = paired_difference(gained, lost, len(one))
+    return {"points": 100 * (gained - lost) / len(one), "interval": [100 * v for v in interval]}

@@ -1,0 +1,132 @@
+"""The named systems: BranchyNet's Table I, and early exits in a text encoder.
+
+    python benchmarks/zoo.py --data DIR --json benchmarks/results/zoo.json
+
+Trains what is not yet trained (kept under ``--runs``; interrupted, it goes on), calibrates, tests
+and times. The result is written after every system. ``--only SYSTEM`` does one anew and keeps the
+others. ``--quick``: a sample, in under two minutes. One thread.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+import platform
+import sys
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.systems.branchynet import PAPER, Conditions, measure_branchynet
+from benchmarks.traces import FASHION
+
+HERE = Path(__file__).parent
+PACKAGES = ("torch", "lightning", "numpy", "onnxruntime", "onnx", "transformers")
+BRANCHY = ("b-lenet", "b-alexnet", "b-resnet110")
+# Epochs that two cores can do, the same for the plain network; what may be lost, from the bars.
+EPOCHS = {"b-lenet": 20, "b-alexnet": 10, "b-resnet110": 2}
+DROP = {"b-resnet110": 0.015}
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--idx", type=Path, default=FASHION, help="folder of MNIST-like files")
+    parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "zoo")
+    parser.add_argument("--json", type=Path, default=HERE / "results" / "zoo.json")
+    parser.add_argument("--only", action="append", choices=BRANCHY, metavar="SYSTEM")
+    parser.add_argument("--epochs", type=int, help="instead of the benchmark's own")
+    parser.add_argument("--train", action="store_true", help="train only; measure nothing")
+    parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")  # of the exporter, about operators of its own
+    names = given.only or (["b-lenet"] if given.quick else list(EPOCHS))
+    rows = _before(given)
+    for name in names:
+        print(name, file=sys.stderr, flush=True)
+        rows[name] = measure_branchynet(
+            name,
+            Conditions(
+                {"mnist": given.idx, "cifar10": given.data},
+                given.runs / "quick" if given.quick else given.runs,
+                epochs=given.epochs or (1 if given.quick else EPOCHS[name]),
+                seconds=0.0 if given.train else 1.0 if given.quick else 10.0,
+                images=6400 if given.quick else None,
+                drop=DROP.get(name, 0.0),
+            ),
+        )
+        if not given.train:
+            _write(rows, given)
+    print(json.dumps(summarise(rows), indent=1))
+
+
+def _before(given: argparse.Namespace) -> dict[str, Row]:
+    if not given.json.exists():
+        return {}
+    before = json.loads(given.json.read_text("utf-8"))
+    return dict(before["systems"]) if before["conditions"]["quick"] == given.quick else {}
+
+
+def summarise(rows: dict[str, Row]) -> Row:
+    """What is watched: of the best way that loses no more than the bar allows."""
+    found: Row = {}
+    for name, short in (
+        ("b-lenet", "blenet"),
+        ("b-alexnet", "balexnet"),
+        ("b-resnet110", "bresnet110"),
+    ):
+        ways = {row["way"]: row for row in rows.get(name, {}).get("policies", []) if row["found"]}
+        # Which way is taken is no choice by test samples: the library's own.
+        row = ways.get("first exit") or ways.get("calibrated")
+        if row is None:
+            continue
+        for size in (1, 64):
+            found[f"{short}_speedup_b{size}"] = row[f"batch_{size}"]["speedup"]
+        if short != "blenet":
+            found[f"{short}_loss"] = -row["less_plain"]["points"]
+    return found
+
+
+def _write(rows: dict[str, Row], given: argparse.Namespace) -> None:
+    document = {
+        "schema": 1,
+        "benchmark": "zoo",
+        "summary": summarise(rows),
+        "conditions": {
+            "quick": given.quick,
+            "threads": 1,
+            "processor": _processor(),
+            "python": platform.python_version(),
+            "versions": {name: version(name) for name in PACKAGES},
+            "paper": {"branchynet": PAPER},
+        },
+        "systems": rows,
+    }
+    given.json.parent.mkdir(parents=True, exist_ok=True)
+    part = given.json.with_name(f".{given.json.name}.part")
+    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", "utf-8")
+    os.replace(part, given.json)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    main()
