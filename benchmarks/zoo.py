@@ -27,13 +27,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.systems.branchynet import PAPER, Conditions, measure_branchynet
+from benchmarks.systems.text import TextConditions, measure_text
 from benchmarks.traces import FASHION
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "lightning", "numpy", "onnxruntime", "onnx", "transformers")
-BRANCHY = ("b-lenet", "b-alexnet", "b-resnet110")
+SYSTEMS = ("b-lenet", "b-alexnet", "b-resnet110", "text")
 # Epochs that two cores can do, the same for the plain network; what may be lost, from the bars.
-EPOCHS = {"b-lenet": 20, "b-alexnet": 10, "b-resnet110": 2}
+EPOCHS = {"b-lenet": 20, "b-alexnet": 10, "b-resnet110": 2, "text": 3}
 DROP = {"b-resnet110": 0.015}
 
 Row = dict[str, Any]
@@ -45,7 +46,8 @@ def main() -> None:
     parser.add_argument("--idx", type=Path, default=FASHION, help="folder of MNIST-like files")
     parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "zoo")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "zoo.json")
-    parser.add_argument("--only", action="append", choices=BRANCHY, metavar="SYSTEM")
+    parser.add_argument("--only", action="append", choices=SYSTEMS, metavar="SYSTEM")
+    parser.add_argument("--encoder", type=Path, help="folder of a BERT; else the package's")
     parser.add_argument("--epochs", type=int, help="instead of the benchmark's own")
     parser.add_argument("--train", action="store_true", help="train only; measure nothing")
     parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
@@ -56,20 +58,36 @@ def main() -> None:
     rows = _before(given)
     for name in names:
         print(name, file=sys.stderr, flush=True)
-        rows[name] = measure_branchynet(
-            name,
-            Conditions(
-                {"mnist": given.idx, "cifar10": given.data},
-                given.runs / "quick" if given.quick else given.runs,
-                epochs=given.epochs or (1 if given.quick else EPOCHS[name]),
-                seconds=0.0 if given.train else 1.0 if given.quick else 10.0,
-                images=6400 if given.quick else None,
-                drop=DROP.get(name, 0.0),
-            ),
-        )
+        rows[name] = _text(given) if name == "text" else _branchynet(name, given)
         if not given.train:
             _write(rows, given)
     print(json.dumps(summarise(rows), indent=1))
+
+
+def _branchynet(name: str, given: argparse.Namespace) -> Row:
+    return measure_branchynet(
+        name,
+        Conditions(
+            {"mnist": given.idx, "cifar10": given.data},
+            given.runs / "quick" if given.quick else given.runs,
+            epochs=given.epochs or (1 if given.quick else EPOCHS[name]),
+            seconds=0.0 if given.train else 1.0 if given.quick else 10.0,
+            images=6400 if given.quick else None,
+            drop=DROP.get(name, 0.0),
+        ),
+    )
+
+
+def _text(given: argparse.Namespace) -> Row:
+    return measure_text(
+        TextConditions(
+            given.data,
+            given.encoder,
+            given.runs,
+            epochs=given.epochs or EPOCHS["text"],
+            seconds=0.0 if given.train else 20.0,
+        )
+    )
 
 
 def _before(given: argparse.Namespace) -> dict[str, Row]:
@@ -96,6 +114,13 @@ def summarise(rows: dict[str, Row]) -> Row:
             found[f"{short}_speedup_b{size}"] = row[f"batch_{size}"]["speedup"]
         if short != "blenet":
             found[f"{short}_loss"] = -row["less_plain"]["points"]
+    text = rows.get("text")
+    if text is not None:
+        best = next(row for row in text["timed"] if row["system"] == text["best"])
+        chosen = next(row for row in text["systems"] if row["system"] == text["best"])["chosen"]
+        for size in (1, 32):
+            found[f"text_speedup_b{size}"] = best[f"batch_{size}"]["speedup"]
+        found["text_loss"] = -chosen["less_plain"]["points"]
     return found
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import offramp
 from benchmarks.running.bare import bare_call
-from offramp.analyse.intervals import paired_difference, wilson
+from benchmarks.systems.judging import paired, right_of, share
 from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy, replay
 from offramp.decide.trace import Trace
@@ -80,7 +80,7 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
     plain, plain_took = _trained(recipe, images, kept / "plain", epochs, given.seed, alone)
     calibration, test = (_trace(branchy, images, part) for part in ("calibration", "test"))
     before, full = (_trace(plain, images, part) for part in ("calibration", "test"))
-    right = _right(full)
+    right = right_of(full)
     rows = []
     for way, choose in _ways(name, given.drop).items():
         policy = choose(calibration, _accuracy(before))
@@ -101,9 +101,9 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
         "stage_macs": list(branchy.costs.stages),
         "head_macs": list(branchy.costs.heads),
         "samples": test.num_samples,
-        "plain": _share(right),
-        "exits": [_share(test.logits[k].argmax(1) == test.labels) for k in range(test.num_exits)],
-        "last_less_plain": _paired(_right(test), right),
+        "plain": share(right),
+        "exits": [share(test.logits[k].argmax(1) == test.labels) for k in range(test.num_exits)],
+        "last_less_plain": paired(right_of(test), right),
         "policies": rows,
     }
 
@@ -178,8 +178,8 @@ def _judged(test: Trace, policy: Policy, plain: Tensor) -> Row:
     return {
         "thresholds": list(policy.thresholds_for(test.num_exits)),
         "criterion": policy.criterion.name,
-        "accuracy": _share(answered),
-        "less_plain": _paired(answered, plain),
+        "accuracy": share(answered),
+        "less_plain": paired(answered, plain),
         "shares": shares.tolist(),
         "cost": cost,
         "macs_speedup": 1 / cost,
@@ -214,20 +214,5 @@ def _timed(
     return found
 
 
-def _right(trace: Trace) -> Tensor:
-    return trace.logits[-1].argmax(1) == trace.labels
-
-
 def _accuracy(trace: Trace) -> float:
-    return float(_right(trace).double().mean())
-
-
-def _share(right: Tensor) -> Row:
-    hits = int(right.sum())
-    return {"accuracy": hits / len(right), "interval": list(wilson(hits, len(right)))}
-
-
-def _paired(one: Tensor, other: Tensor) -> Row:
-    gained, lost = int((one & ~other).sum()), int((other & ~one).sum())
-    interval = paired_difference(gained, lost, len(one))
-    return {"points": 100 * (gained - lost) / len(one), "interval": [100 * v for v in interval]}
+    return float(right_of(trace).double().mean())

@@ -22,6 +22,7 @@ from offramp.decide import (
 )
 from offramp.decide.criteria import Confidence
 from offramp.decide.guarantees import Promise, Risk, promised
+from offramp.decide.guarantees import promise as promise_module
 from offramp.decide.guarantees.bounded import bets, betting_log_wealth, hoeffding_bentkus
 from offramp.decide.guarantees.exact import ScoreTest, binomial_limit, enough, score_test
 from offramp.decide.guarantees.expectation import conformal
@@ -539,6 +540,51 @@ def test_nothing_is_promised_about_samples_that_fitted_the_criterion(fit):
     with pytest.raises(TraceError, match=r"fitted on \d+ of the 540 samples"):
         calibrate(calibration, fitted(some), **goal)
     assert calibrate(calibration, fitted(fitting), **goal).provenance["promise"]
+
+
+@pytest.mark.parametrize("testing", ["fixed-sequence", "bonferroni"])
+@pytest.mark.parametrize("own_path", [False, True])
+def test_the_two_ways_share_the_error(monkeypatch, testing, own_path):
+    trace = random_trace(400)
+    errors = []
+
+    def watched(way):
+        def run(*given):
+            errors.append(given[-1])
+            return way(*given)
+
+        return run
+
+    for name in ("walk", "down_the_path", "best_of_all"):
+        monkeypatch.setattr(promise_module, name, watched(getattr(promise_module, name)))
+    path = random_trace(300, seed=5) if own_path else None
+    asked = Promise(Risk.named("disagreement"), 0.2, 0.9, testing=testing, path=path)
+    promised(trace, Confidence(), asked)
+    assert len(errors) == 2
+    assert min(errors) > 0
+    assert sum(errors) == pytest.approx(0.1)
+
+
+def test_hoeffding_bentkus_claims_where_its_p_value_is_within_the_error():
+    samples, error = 2000, 0.1
+    test = Test(Risk.named("disagreement"), 0.05, "hoeffding-bentkus")
+    losses = torch.arange(100)
+    sums = torch.stack([losses.double(), torch.zeros(100).double()])
+    p = hoeffding_bentkus(sums[0] / samples, samples, 0.05, 0.0, 1.0)
+    assert bool(((p > error) & (p <= 2 * error)).any())  # where it matters
+    assert torch.equal(test.passes(sums, samples, error), p <= error)
+
+
+def test_bonferroni_divides_the_error_among_all_settings(monkeypatch):
+    scored = score(random_trace(300), Confidence())
+    settings = [torch.full((3,), level) for level in (torch.inf, 0.9, 0.6, 0.3)]
+    path = Path(settings, scored, [torch.ones(300, dtype=torch.bool)])
+    errors = []
+    passing = Path.passing
+    monkeypatch.setattr(Path, "passing", lambda *given: errors.append(given[-1]) or passing(*given))
+    wrong = (scored.predictions != scored.predictions[-1]).double()
+    best_of_all(path, Test(Risk.named("disagreement"), 0.2), wrong, 0.1)
+    assert errors == [pytest.approx(0.1 / 4)]
 
 
 def test_samples_are_told_apart_where_logits_tell():
