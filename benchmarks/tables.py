@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.deciding_tables import DECIDING_TABLES
 from benchmarks.learning_tables import LEARNING_TABLES
 from benchmarks.runtime_tables import RUNTIME_TABLES
+from benchmarks.zoo_tables import ZOO_TABLES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -63,6 +64,7 @@ TABLES: dict[str, Table] = {
     **DECIDING_TABLES,
     **LEARNING_TABLES,
     **RUNTIME_TABLES,
+    **ZOO_TABLES,
 }
 
 
@@ -97,7 +99,8 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only say what differs")
     check = parser.parse_args().check
     stale = []
-    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    cards = sorted((ROOT / "src" / "offramp" / "zoo").glob("*/card.md"))
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *cards]:
         text = document.read_text("utf-8")
         wanted = filled(text)
         if wanted != text:

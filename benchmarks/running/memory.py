@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.running.bare import bare_file
-from benchmarks.subjects import EXITS, NEVER, Subject
+from benchmarks.subjects import EXITS, NEVER, SMALL, Subject
 from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy
 from offramp.run.artifact import export
@@ -19,8 +19,9 @@ __all__ = ["measure_memory"]
 
 Row = dict[str, Any]
 
-# Both children import the same and count from there, in MB: what loading takes at the most, and
-# what the network takes at the most while it runs: weights, inputs and activations.
+# Both children import the same, and load and run another artifact first, so that the code of the
+# libraries is in memory. They count from there, in MB: what loading takes at the most, and what the
+# network takes at the most while it runs: weights, inputs and activations.
 CHILD = """
 import ctypes, gc, json, sys
 from pathlib import Path
@@ -41,6 +42,9 @@ def begin():
 
 kind, path, rows = sys.argv[1], Path(sys.argv[2]), np.load(sys.argv[3])
 inputs = [rows[name] for name in rows.files]
+first = load(path.parent / "small.offramp", OnnxRuntime(threads=1))
+first(np.zeros((64, 32), np.float32))
+del first
 begin()
 before = resident("VmRSS")
 if kind == "bare":
@@ -68,6 +72,7 @@ def measure_memory(subject: Subject, model: MultiExitModel, batch: int) -> Row:
         (folder / "bare.onnx").write_bytes(bare_file(model, example).SerializeToString())
         policy = Policy("confidence", [NEVER] * EXITS)
         export(model, policy, example, folder / "all.offramp")
+        export(SMALL.model(None), policy, SMALL.rows(4), folder / "small.offramp")
         x = subject.rows(batch)
         named = x if isinstance(x, dict) else {"x": x}
         np.savez(folder / "rows.npz", **{k: named[k].numpy() for k in sorted(named)})

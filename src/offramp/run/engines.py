@@ -312,6 +312,8 @@ class OnnxRuntime(OnnxEngine):
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = self.threads
+        # A plan of the memory for every size of a batch would be kept beside what the arena holds.
+        options.enable_mem_pattern = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if _one_arena():
             options.add_session_config_entry("session.use_env_allocators", "1")

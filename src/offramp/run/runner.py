@@ -202,7 +202,7 @@ class Runner:
             other = self._with((*links, self._links[-1]))
             ways = {"whole": partial(other._whole or other._stepwise, inputs)}
             ways["stepwise"] = partial(other._stepwise, inputs)
-            times = compare(ways, repeats=5, warmup=2)
+            times = compare(ways, repeats=11, warmup=2, seconds=0.5)
             slower.append(math.log(times["whole"] / times["stepwise"]))
         return sum(slower) <= len(slower) * math.log(CLEARLY)
 

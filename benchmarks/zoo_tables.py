@@ -1,0 +1,196 @@
+"""The tables of docs/zoo.md and of the cards, from the results of zoo.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+__all__ = ["ZOO_TABLES"]
+
+Result = dict[str, Any]
+Row = dict[str, Any]
+
+NOT_YET = "Not measured yet."
+NAMES = {"b-lenet": "B-LeNet", "b-alexnet": "B-AlexNet", "b-resnet110": "B-ResNet-110"}
+WAYS = {
+    "screened": "the paper's screening",
+    "calibrated": "`calibrate`, confidence",
+    "first exit": "as many at the first exit as in the paper",
+}
+BARS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "blenet_speedup_b1": ("≥ 2.5", lambda v: v >= 2.5),
+    "blenet_speedup_b64": ("≥ 5.4", lambda v: v >= 5.4),
+    "balexnet_speedup_b1": ("≥ 1.5", lambda v: v >= 1.5),
+    "balexnet_speedup_b64": ("≥ 1.5", lambda v: v >= 1.5),
+    "balexnet_loss": ("≤ 0", lambda v: v <= 0),
+    "bresnet110_speedup_b1": ("≥ 1.9", lambda v: v >= 1.9),
+    "bresnet110_speedup_b64": ("≥ 1.9", lambda v: v >= 1.9),
+    "bresnet110_loss": ("≤ 1.5", lambda v: v <= 1.5),
+    "text_speedup_b1": ("≥ 1.8", lambda v: v >= 1.8),
+    "text_speedup_b32": ("≥ 1.8", lambda v: v >= 1.8),
+    "text_loss": ("≤ 0.5", lambda v: v <= 0.5),
+}
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def _summary(result: Result) -> str:
+    found, rows = result["summary"], []
+    for name, (bar, good) in BARS.items():
+        if name in found:
+            met = "yes" if good(found[name]) else "**no**"
+            rows.append([f"`{name}`", f"{found[name]:.2f}", bar, met])
+        else:
+            rows.append([f"`{name}`", "not measured", bar, "**no**"])
+    return _table(["figure", "measured", "bar", "met"], rows)
+
+
+def _branchynet(result: Result) -> str:
+    paper, rows = result["conditions"]["paper"]["branchynet"], []
+    for name, title in NAMES.items():
+        own = paper[name]
+        rows.append(
+            [
+                title, f"the paper, {own['data']}", f"{own['plain']:.2f}",
+                f"{own['branches']:.2f}", "", "", f"{own['gain']:.1f}×", "",
+            ]
+        )  # fmt: skip
+        row = result["systems"].get(name)
+        if row is None:
+            rows.append([title, NOT_YET, *[""] * 6])
+            continue
+        for policy in row["policies"]:
+            rows.append([title, WAYS[policy["way"]], _percent(row["plain"]), *_cells(policy)])
+    head = [
+        "network", "thresholds", "plain, %", "with branches, %", "left at each exit, %",
+        "MACs ratio", "faster, batch 1", "faster, batch 64",
+    ]  # fmt: skip
+    return "\n".join([_table(head, rows), "", _budgets(result)])
+
+
+def _cells(policy: Row) -> list[str]:
+    if not policy["found"]:
+        return ["no such thresholds", *[""] * 4]
+    return [
+        f"{_percent(policy['accuracy'])} ({_points(policy['less_plain'])})",
+        " / ".join(f"{100 * share:.0f}" for share in policy["shares"]),
+        f"{policy['macs_speedup']:.2f}×",
+        f"{policy['batch_1']['speedup']:.2f}×",
+        f"{policy['batch_64']['speedup']:.2f}×",
+    ]
+
+
+def _budgets(result: Result) -> str:
+    told = []
+    for name, title in NAMES.items():
+        row = result["systems"].get(name)
+        if row is not None:
+            took = row["seconds_of_training"]
+            exits = ", ".join(_percent(exit) for exit in row["exits"])
+            told.append(
+                f"{title}: {row['data']}, {row['training_images']} images to train on, "
+                f"{row['epochs']} epochs for both (plain {took['plain']:.0f} s, with branches "
+                f"{took['branches']:.0f} s), seed {row['seed']}; its exits alone: {exits} %."
+            )
+    return " ".join(told) or NOT_YET
+
+
+def _text(result: Result) -> str:
+    text = result["systems"].get("text")
+    if text is None:
+        return NOT_YET
+    rows = [
+        [
+            system["system"] if system["paper"] else "the library's own",
+            system["summary"],
+            *(_budget(system, str(budget)) for budget in (0.4, 0.5, 0.6)),
+            *_chosen(system["chosen"]),
+        ]
+        for system in text["systems"]
+    ]
+    head = [
+        "system", "how it learns; how it leaves", "at 40 % of the cost", "at 50 %", "at 60 %",
+        "chosen: cost, %", "chosen: less plain, points",
+    ]  # fmt: skip
+    return "\n".join([_table(head, rows), "", _text_conditions(text)])
+
+
+def _budget(system: Row, budget: str) -> str:
+    found = system["at"].get(budget)
+    return "" if found is None else f"{found['less_plain']['points']:+.2f}"
+
+
+def _chosen(chosen: Row | None) -> list[str]:
+    if chosen is None:
+        return ["no such thresholds", ""]
+    return [f"{100 * chosen['cost']:.0f}", _points(chosen["less_plain"])]
+
+
+def _text_conditions(text: Row) -> str:
+    sizes = text["sentences"]
+    return (
+        f"{text['encoder']} on {text['data']}: {sizes['train']} sentences to train on, "
+        f"{sizes['dev']} to choose thresholds on, {sizes['test']} to be judged on, of "
+        f"{text['tokens']} tokens with padding; {text['epochs']} epochs for each, seed "
+        f"{text['seed']}. Without exits, fine-tuned alike: {_percent(text['plain'])} %. Points are "
+        f"against it, on the same sentences; in brackets 95 %. Chosen: the cheapest that lose at "
+        f"most {100 * text['drop_on_dev']:g} points on the development sentences. Cost: "
+        f"multiply-accumulates, heads included, as a share of the encoder's."
+    )
+
+
+def _truncated(result: Result) -> str:
+    text = result["systems"].get("text")
+    if text is None:
+        return NOT_YET
+    rows = [
+        [str(r["layers"]), _percent(r["accuracy"]), _points(r["less_plain"])]
+        for r in text["truncated"]
+    ]
+    return _table(["layers", "accuracy, %", "less plain, points"], rows)
+
+
+def _text_speed(result: Result) -> str:
+    text = result["systems"].get("text")
+    if text is None:
+        return NOT_YET
+    rows = [
+        [
+            row["system"], str(size), f"{row[f'batch_{size}']['plain_ms']:.2f}",
+            f"{row[f'batch_{size}']['exits_ms']:.2f}", f"{row[f'batch_{size}']['speedup']:.2f}×",
+        ]
+        for row in text["timed"]
+        for size in (1, 32)
+    ]  # fmt: skip
+    return _table(["system", "batch", "plain, ms a sentence", "with exits", "faster"], rows)
+
+
+def _conditions(result: Result) -> str:
+    about = result["conditions"]
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    return (
+        f"{about['processor']}, {about['threads']} thread, Python {about['python']}, {versions}. "
+        "Times are medians, taken in turn in one run on ONNX Runtime."
+    )
+
+
+def _percent(share: Row) -> str:
+    return f"{100 * share['accuracy']:.2f}"
+
+
+def _points(paired: Row) -> str:
+    low, high = paired["interval"]
+    return f"{paired['points']:+.2f}; {low:+.2f} to {high:+.2f}"
+
+
+ZOO_TABLES: dict[str, Callable[[Result], str]] = {
+    "zoo.summary": _summary,
+    "zoo.branchynet": _branchynet,
+    "zoo.text": _text,
+    "zoo.truncated": _truncated,
+    "zoo.text_speed": _text_speed,
+    "zoo.conditions": _conditions,
+}

@@ -1,0 +1,141 @@
+"""Text encoders: exits after layers, the four systems, sentences from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import offramp
+from offramp.decide.policy import replay
+from offramp.errors import DataError, PlaceError
+from offramp.run.artifact import export, load
+from offramp.run.runner import Runner
+from offramp.zoo.text import (
+    TEXT,
+    Sentences,
+    attach_to_layers,
+    layers_of,
+    read_tsv,
+    tokenised,
+    truncated,
+)
+
+WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "a", "very", "not"]
+LAYERS = 3
+
+
+def encoder(layers: int = LAYERS) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=2,
+        hidden_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(config).eval()
+
+
+def sentences(count: int, seed: int, *, shuffled: bool = False) -> Sentences:
+    """Positive where there is more of "good" than of "bad"."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, len(WORDS), (count, 8), generator=generator)
+    lengths = torch.randint(3, 9, (count, 1), generator=generator)
+    mask = (torch.arange(8) < lengths).long()
+    ids = ids * mask
+    labels = ((ids == 2).sum(1) > (ids == 3).sum(1)).long()
+    return Sentences(ids, mask, labels, 16, shuffled)
+
+
+def first(part: Sentences) -> dict[str, Tensor]:
+    return next(iter(part))[0]
+
+
+def test_an_exit_after_every_layer_but_the_last():
+    model = attach_to_layers(encoder(), first(sentences(4, 0)))
+    assert model.places == ("bert.encoder.layer.0", "bert.encoder.layer.1")
+    assert layers_of(encoder()) == [f"bert.encoder.layer.{k}" for k in range(LAYERS)]
+    with pytest.raises(PlaceError, match="Linear has no list of layers"):
+        layers_of(nn.Linear(2, 2))
+
+
+def test_a_shorter_encoder_is_its_first_layers():
+    whole, part = encoder(), first(sentences(4, 0))
+    shorter = truncated(whole, 2)
+    assert len(layers_of(shorter)) == 2
+    assert len(layers_of(whole)) == LAYERS
+    hidden = whole(**part, output_hidden_states=True).hidden_states[2]
+    wanted = whole.classifier(whole.bert.pooler(hidden))
+    torch.testing.assert_close(shorter(**part).logits, wanted)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_a_system_learns_chooses_and_runs(name: str):
+    system = TEXT[name]
+    train, held = sentences(96, 1, shuffled=True), sentences(80, 2)
+    model = attach_to_layers(encoder(), first(held))
+    offramp.fit(model, train, scheme=system.scheme, epochs=1, lr=1e-3, progress=False)
+    trace = offramp.record(model, held, progress=False)
+    policy = system.choose(trace, accuracy=0.3)
+    part = first(sentences(16, 3))
+    result = Runner(model, policy, part)(**part)
+    batch = [(part, torch.zeros(16, dtype=torch.long))]
+    decided = replay(offramp.record(model, batch, progress=False), policy)
+    assert torch.equal(result.exit, decided.exit)
+    assert torch.equal(result.prediction, decided.prediction)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_batch_with_padding_leaves_as_each_sentence_alone(tmp_path: Path):
+    part = first(sentences(16, 3))
+    model = attach_to_layers(encoder(), part)
+    for linear in (m for m in model.heads.modules() if isinstance(m, nn.Linear)):
+        nn.init.normal_(linear.weight)
+    batch = [(part, torch.zeros(16, dtype=torch.long))]
+    scores = offramp.record(model, batch, progress=False).logits.softmax(2).amax(2)
+    policy = offramp.Policy("confidence", scores[:-1].median(1).values.tolist())
+    export(model, policy, part, tmp_path / "made")
+    for runner in (Runner(model, policy, part), load(tmp_path / "made")):
+        whole = runner(**part)
+        assert len(set(whole.exit.tolist())) > 1
+        for row in range(16):
+            alone = runner(**{key: value[row : row + 1] for key, value in part.items()})
+            assert alone.exit[0] == whole.exit[row]
+            torch.testing.assert_close(alone.logits[0], whole.logits[row], rtol=1e-4, atol=1e-5)
+
+
+def test_sentences_from_a_file(tmp_path: Path):
+    tokenizers = pytest.importorskip("tokenizers")
+    path = tmp_path / "some.tsv"
+    path.write_text("a good film\t1\nnot\ta bad film\t0\n", "utf-8")
+    texts, labels = read_tsv(path)
+    assert (texts, labels) == (["a good film", "not\ta bad film"], [1, 0])
+    model = tokenizers.models.WordLevel({word: k for k, word in enumerate(WORDS)}, "[UNK]")
+    tokenizer: Any = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    found = tokenised(tokenizer, texts, labels, length=5)
+    assert found.ids.tolist() == [[5, 2, 4, 0, 0], [7, 5, 3, 4, 0]]
+    assert found.mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
+    shuffled = tokenised(tokenizer, texts[:1], labels[:1], length=5, shuffled=True)
+    assert first(shuffled)["input_ids"].tolist() == [[5, 2, 4]]  # no longer than need be
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "is empty"), ("good\t1\nno label here\n", "Line 2 of"), ("good\tyes\n", "Line 1 of")],
+)
+def test_files_that_are_not_as_expected(tmp_path: Path, content: str, words: str):
+    path = tmp_path / "some.tsv"
+    path.write_text(content, "utf-8")
+    with pytest.raises(DataError, match=words):
+        read_tsv(path)
+    with pytest.raises(DataError, match="There is no file"):
+        read_tsv(tmp_path / "none.tsv")
