@@ -248,6 +248,7 @@ def _task(task: Any) -> Rows:
         "passes": task.passes,
         "rate": task.rate,
         "exits": list(task.exits),
+        "heads": task.heads,
         "begins": task.begins,
         "calibrated_on": task.calibrated_on,
     }

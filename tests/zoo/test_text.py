@@ -47,9 +47,9 @@ def encoder(layers: int = LAYERS) -> nn.Module:
 def sentences(count: int, seed: int, *, shuffled: bool = False) -> Sentences:
     """Positive where there is more of "good" than of "bad"."""
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(2, len(WORDS), (count, 8), generator=generator)
-    lengths = torch.randint(3, 9, (count, 1), generator=generator)
-    mask = (torch.arange(8) < lengths).long()
+    ids = torch.randint(2, len(WORDS), (count, 12), generator=generator)
+    lengths = torch.randint(7, 13, (count, 1), generator=generator)
+    mask = (torch.arange(12) < lengths).long()
     ids = ids * mask
     labels = ((ids == 2).sum(1) > (ids == 3).sum(1)).long()
     return Sentences(ids, mask, labels, 16, shuffled)
