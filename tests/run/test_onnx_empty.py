@@ -131,7 +131,7 @@ def test_what_always_has_rows_is_left_as_it_is(name: str) -> None:
     model = exported(POOLS[name], 6, 8, 8)
     before = model.SerializeToString()
     allow_empty(model, [model.graph.input[0].name])
-    guard(model, onnx_guards.POOLS, [model.graph.input[0].name])
+    guard(model, onnx_guards.POOLS, {model.graph.output[0].name})
     assert model.SerializeToString() == before
 
 
@@ -168,4 +168,6 @@ def test_a_guard_that_was_changed_stays() -> None:
     model.graph.node.insert(place, between)
     before = model.SerializeToString()
     unguard(model)
+    assert model.SerializeToString() == before
+    guard(model, onnx_guards.POOLS)  # nor is it guarded again
     assert model.SerializeToString() == before

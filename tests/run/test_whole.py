@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from offramp.build.model import attach
 from offramp.decide.policy import Policy
 from offramp.errors import DataError, EqualityError, StageError
 from offramp.run import onnx_rule, runner
@@ -195,3 +196,35 @@ def test_inputs_are_looked_at_once_a_batch(monkeypatch: pytest.MonkeyPatch) -> N
         looked.clear()
         way(example_of("cnn", 3, 1))
         assert len(looked) == times
+
+
+class Recurrent(torch.nn.Module):
+    """Two recurrent layers, the second behind every exit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Linear(4, 6)
+        self.one = torch.nn.LSTM(6, 6, batch_first=True)
+        self.two = torch.nn.LSTM(6, 6, batch_first=True)
+        self.classifier = torch.nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(self.embed(x))[0]
+        return self.classifier(self.two(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("stages", [False, True])
+def test_recurrent_layers_behind_an_exit_are_guarded_in_a_loaded_file(
+    tmp_path: Path, stages: bool
+) -> None:
+    # Without their guard, ONNX Runtime ends the process where nobody is left.
+    torch.manual_seed(0)
+    x = torch.randn(6, 5, 4)
+    model = attach(Recurrent().eval(), x, exits=["embed", "one"])
+    export(model, Policy("confidence", [0.5, 0.5]), x, tmp_path / "made", stages=stages)
+    runner = load(tmp_path / "made", OnnxRuntime(threads=1))
+    for limits, exit in ([-1.0, -1.0], 0), ([9.0, -1.0], 1), ([9.0, 9.0], 2):
+        result = runner.under(Policy("confidence", limits))(x)
+        assert result.exit.tolist() == [exit] * 6
+        with torch.no_grad():
+            torch.testing.assert_close(result.logits, model.eval()(x)[exit], atol=1e-5, rtol=1e-4)

@@ -68,7 +68,7 @@ def fit_temperatures(trace: Trace) -> Temperatures:
         values.append(fitted if better else 1.0)
         before.append(plain)
         after.append(tempered if better else plain)
-    return Temperatures(tuple(values), tuple(before), tuple(after), (Samples.of(trace),))
+    return Temperatures(tuple(values), tuple(before), tuple(after), (trace.samples,))
 
 
 def fit_ensemble(trace: Trace) -> GeometricEnsemble:
@@ -91,7 +91,7 @@ def fit_ensemble(trace: Trace) -> GeometricEnsemble:
         own[k] = 1.0
         weights.append(stack(logs[: k + 1], labels, own).tolist())
     rule = GeometricEnsemble(weights)
-    rule.fitted_on = (Samples.of(trace),)
+    rule.fitted_on = (trace.samples,)
     return rule
 
 

@@ -13,7 +13,6 @@ from torch.nn import functional
 from offramp.decide import gains as worth
 from offramp.decide.criteria import Criterion, LearnedGate
 from offramp.decide.fitting import usable
-from offramp.decide.samples import Samples
 from offramp.decide.scored import Scored, score
 from offramp.decide.trace import Trace
 from offramp.errors import PolicyError, TraceError
@@ -85,7 +84,7 @@ def fit_gates(
     gains = worth.smoothed(trace, scored)
     with torch.enable_grad():
         _train(gate, seen, gains, scored, (max_cost, price))
-    gate.fitted_on = (Samples.of(trace), *gate.inner.fitted_on)
+    gate.fitted_on = (trace.samples, *gate.inner.fitted_on)
     return gate.eval()
 
 

@@ -1,8 +1,8 @@
 """Which samples a trace holds, so that what was fitted on some is not tested on them.
 
-A sample is known by the bits of its logits at all exits. Where many samples have the same ones, as
-where a network says only yes or no, or a data set holds the same image twice, that two traces have
-some in common proves nothing: only more than there would be by chance does.
+A sample is known by the bits of its logits at all exits, where only one sample has them. That two
+traces have some in common still proves nothing where samples are alike, as where a data set holds
+the same image twice: only more than there would be by chance does.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Samples"]
 
 CLEARLY = 3.0  # standard deviations
+CHUNK = 1 << 16  # samples at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,21 +39,24 @@ class Samples:
         """Those of a trace."""
         generator = torch.Generator().manual_seed(0)
         marks = torch.zeros(trace.num_samples, dtype=torch.int64)
-        for logits in trace.logits:  # one exit at a time: the bits take twice the room as int64
+        for logits in trace.logits:
             factors = torch.randint(2**62, (trace.num_classes,), generator=generator)
-            bits = logits.contiguous().view(torch.int32).long()
-            marks = marks * 0x5851F42D4C957F2D + bits @ (2 * factors + 1)  # modulo 2**64
+            for part in torch.arange(trace.num_samples).split(CHUNK):
+                bits = logits[part].view(torch.int32).long()
+                own = bits @ (2 * factors + 1)
+                marks[part] = marks[part] * 0x5851F42D4C957F2D + own  # modulo 2**64
         return cls(trace.fingerprint, marks)
 
     def overlap(self, trace: Trace) -> int:
         """How many samples of a trace are among these; 0 where that may well be chance.
 
-        The samples that are equal within the two traces tell how many would be equal between them.
+        Of samples that are drawn independently, a kind that comes once in each of two traces is no
+        likelier than one that comes twice in one of them: those are counted to know what is chance.
         """
         if trace.fingerprint == self.fingerprint:
             return trace.num_samples
-        marks = Samples.of(trace).marks
-        shared = int(torch.isin(marks, self.marks).sum())
-        alike = sum(len(each) - len(each.unique()) for each in (marks, self.marks))
-        chance = 2 * alike
+        found = [samples.marks.unique(return_counts=True) for samples in (self, trace.samples)]
+        own, other = (marks[counts == 1] for marks, counts in found)
+        shared = int(torch.isin(other, own).sum())
+        chance = 2 * sum(int((counts == 2).sum()) for _, counts in found)
         return shared if shared > chance + CLEARLY * (chance + 1) ** 0.5 else 0

@@ -29,6 +29,7 @@ class Scored:
         stages: (E,) float64, cost of the backbone between exits, as shares of the full backbone.
         heads: (E,) float64, cost of the heads, likewise.
         switchable: whether a head whose exit nobody takes need not run.
+        cascade: whether it runs all the same where a later head does, which reads it.
         losses: (E, N) float64, where a loss was asked for.
     """
 
@@ -38,6 +39,7 @@ class Scored:
     heads: Tensor
     switchable: bool
     losses: Tensor | None = None
+    cascade: bool = False
 
     @property
     def num_exits(self) -> int:
@@ -68,6 +70,8 @@ class Scored:
         runs = torch.ones(self.num_exits, dtype=torch.float64)
         if self.switchable:
             runs[:-1] = (thresholds < torch.inf).double()
+        elif self.cascade:
+            runs[:-1] = (thresholds < torch.inf).double().flip(0).cummax(0).values.flip(0)
         return self.stages.cumsum(0) + (self.heads * runs).cumsum(0)
 
     def cost(self, thresholds: Tensor) -> float:
@@ -84,6 +88,7 @@ class Scored:
             self.heads,
             self.switchable,
             None if self.losses is None else self.losses[:, index],
+            self.cascade,
         )
 
 
@@ -122,6 +127,7 @@ def score(trace: Trace, rule: Criterion, loss: Loss | None = None) -> Scored:
         trace.head_costs / full,
         not (rule.stateful or trace.cascade),
         losses,
+        trace.cascade and not rule.stateful,
     )
 
 

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from offramp.decide.samples import Samples
 from offramp.errors import TraceError
 
 __all__ = ["Trace"]
@@ -110,6 +111,11 @@ class Trace:
         if self.labels is not None:
             digest.update(self.labels.numpy().data.cast("B"))
         return digest.hexdigest()
+
+    @cached_property
+    def samples(self) -> Samples:
+        """Which samples these are."""
+        return Samples.of(self)
 
     def exit_costs(self, active: Sequence[bool] | None = None) -> Tensor:
         """The cost per sample of leaving at each exit.

@@ -20,7 +20,7 @@ import onnx
 import onnx.shape_inference
 from onnx import helper, numpy_helper
 
-__all__ = ["allow_empty", "computed_from"]
+__all__ = ["allow_empty"]
 
 LARGEST_SHAPE = 64  # a constant of more entries is a weight, not a shape
 
@@ -33,10 +33,10 @@ def allow_empty(model: onnx.ModelProto, never_empty: Sequence[str] = ()) -> None
         never_empty: inputs that always have rows; what is computed from them is left as it is.
     """
     _settle_reshapes(model)
-    _convolve_averages(model, computed_from(model.graph, never_empty))
+    _convolve_averages(model, _computed_from(model.graph, never_empty))
 
 
-def computed_from(graph: onnx.GraphProto, inputs: Sequence[str]) -> set[str]:
+def _computed_from(graph: onnx.GraphProto, inputs: Sequence[str]) -> set[str]:
     """The names of all values that depend on some of the inputs."""
     found = set(inputs)
     for node in graph.node:  # they come in the order of computation

@@ -9,6 +9,7 @@ read, and takes kernels where nobody is left, so it is only done where it has to
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -16,8 +17,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
-
-from offramp.run.onnx_empty import computed_from
 
 __all__ = ["POOLS", "RECURRENT", "guard", "unguard"]
 
@@ -37,23 +36,24 @@ class _Padded(NamedTuple):
     outputs: tuple[int, ...]  # for each output, the axis that is the batch
 
 
-def guard(model: onnx.ModelProto, kinds: Collection[str], never_empty: Sequence[str] = ()) -> None:
+def guard(model: onnx.ModelProto, kinds: Collection[str], spared: Collection[str] = ()) -> None:
     """Rewrite a model in place so that operators of some kinds may be given zero rows.
 
     Args:
-        model: without guards.
+        model: with no guards but those that :func:`unguard` left.
         kinds: of :data:`POOLS` and :data:`RECURRENT`.
-        never_empty: inputs that always have rows; what is computed from them is left as it is.
+        spared: values that always have rows; what computes them is left as it is.
     """
     graph = model.graph
-    spared = computed_from(graph, never_empty)
+    taken = {_tag(node) for node in graph.node}
+    free = (n for n in itertools.count() if f"{OWN}{n}/" not in taken)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        padded = _padding_of(node) if node.op_type in kinds else None
-        if padded is None or not spared.isdisjoint(node.output):
+        padded = _padding_of(node) if node.op_type in kinds and not _tag(node) else None
+        if padded is None or not set(spared).isdisjoint(node.output):
             nodes.append(node)
         else:
-            nodes.extend(_guarded(node, padded, len(nodes)))
+            nodes.extend(_guarded(node, padded, next(free)))
     if len(nodes) == len(graph.node):
         return
     _replace(graph, nodes)

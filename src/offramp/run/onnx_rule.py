@@ -52,7 +52,7 @@ def connect(model: onnx.ModelProto, steps: Sequence[Link], names: Sequence[str])
             f"model's inputs are {', '.join(names)}: one name cannot stand for two. Rename the "
             "argument of the forward."
         )
-    guard(model, RECURRENT | POOLS, _first(steps))
+    guard(model, RECURRENT | POOLS, _of_the_first(model, steps))
     return _Rule(model, steps, names).file()
 
 
@@ -74,14 +74,14 @@ def join(model: onnx.ModelProto, steps: Sequence[Link], summed: Sequence[bool]) 
         StageError: samples are taken out by a ``select`` function.
     """
     unguard(model)
-    guard(model, RECURRENT, _first(steps))
+    guard(model, RECURRENT, _of_the_first(model, steps))
     names = [f"given/{k}" for k in range(len(steps[0].inputs))]
     return _Rule(model, steps, names).joined(summed)
 
 
-def _first(steps: Sequence[Link]) -> list[str]:
-    """What always has rows."""
-    return [f"0/{name}" for name in steps[0].inputs]
+def _of_the_first(model: onnx.ModelProto, steps: Sequence[Link]) -> set[str]:
+    """What the first step computes: it always has rows. In a file, later steps hang on it."""
+    return {name for node in parts_of(model.graph, steps)[0] for name in node.output}
 
 
 class _Rule:

@@ -11,7 +11,6 @@ from offramp.decide.criteria import Criterion
 from offramp.decide.guarantees.paths import Path, learn_path
 from offramp.decide.guarantees.risks import Risk, losses
 from offramp.decide.guarantees.sweep import Changes, Sweep
-from offramp.decide.samples import Samples
 from offramp.decide.scored import Scored
 from offramp.decide.trace import Trace
 from offramp.errors import TraceError
@@ -43,7 +42,7 @@ class Ground:
                 f"The trace for the path has {path.num_exits} exits, the calibration trace "
                 f"{trace.num_exits}: record both from the same model."
             )
-        shared = Samples.of(path).overlap(trace) if path is not None else 0
+        shared = path.samples.overlap(trace) if path is not None else 0
         if shared:
             raise TraceError(
                 f"The trace for the path holds {shared} of the {trace.num_samples} samples that "
