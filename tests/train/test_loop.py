@@ -329,7 +329,9 @@ def test_a_loader_without_a_length() -> None:
 
 def test_workers() -> None:
     model = model_of()
-    quick(model, loader_of(num_workers=1), epochs=1)
+    # Not forked off a process in which engines have threads of their own.
+    loader = loader_of(num_workers=1, multiprocessing_context="forkserver")
+    quick(model, loader, epochs=1)
     plain = model_of()
     quick(plain, loader_of(), epochs=1)
     assert digests(model) == digests(plain)
