@@ -40,6 +40,7 @@ import torch
 from benchmarks.architectures import ARCHITECTURES
 from benchmarks.passage import BATCH, EXITS, Row, onnx_rows, take_through, warm_up
 from benchmarks.vision_packages import prepare
+from benchmarks.writing import processor, write_result
 
 HERE = Path(__file__).parent
 SECONDS = 240  # of the processor; of the wall, WALL times as many
@@ -177,16 +178,13 @@ def _write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
             "onnx_mixes": ["none leave", "all leave", "mixed"],
             "threads": 1,
             "limit_cpu_seconds": SECONDS,
-            "processor": _processor(),
+            "processor": processor(),
             "python": platform.python_version(),
             "versions": {name: _version(name) for name in PACKAGES},
         },
         "rows": ordered,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    os.replace(part, path)
+    write_result(path, result)
 
 
 def _version(package: str) -> str | None:
@@ -195,14 +193,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

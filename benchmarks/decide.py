@@ -35,6 +35,7 @@ from benchmarks.deciding.equality import check_equality
 from benchmarks.deciding.rules import RULES
 from benchmarks.deciding.sources import FIRST, RECORDED, SHAPES, recorded, two_exits
 from benchmarks.deciding.speed import measure
+from benchmarks.writing import processor, write_result
 from offramp.decide import Trace
 
 HERE = Path(__file__).parent
@@ -198,16 +199,13 @@ def _write(path: Path, found: dict[str, Any], quick: bool, *, anew: bool) -> Non
             "calibration_samples_synthetic": SIZE,
             "two_exits_first_stage": FIRST,
             "violations_allowed": "the 99.9 % quantile of a binomial at the promised rate",
-            "processor": _processor(),
+            "processor": processor(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in PACKAGES},
         },
         "rows": rows,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    os.replace(part, path)
+    write_result(path, result)
 
 
 def _merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -219,14 +217,6 @@ def _merged(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[s
     done = {about(row) for row in new}
     rows = [row for row in old if about(row) not in done] + new
     return sorted(rows, key=lambda row: NAMES.index(about(row)[0]))
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

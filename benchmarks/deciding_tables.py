@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.markdown import table
+
 __all__ = ["DECIDING_TABLES"]
 
 Result = dict[str, Any]
 Row = dict[str, Any]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _unique(rows: Sequence[Row], key: str) -> list[Any]:
@@ -51,7 +48,7 @@ def _summary(result: Result) -> str:
         for name, unit, bar, met in bars
         if name in summary
     ]
-    return _table(["figure", "measured", "of what", "bar", "met"], rows)
+    return table(["figure", "measured", "of what", "bar", "met"], rows)
 
 
 def _methods(result: Result) -> str:
@@ -65,7 +62,7 @@ def _methods(result: Result) -> str:
                 shown = [_percent(cell[m]["accuracy"], 2) if m in cell else "–" for m in methods]
                 use = f"{cell['search']['use']:.3f}"
                 rows.append([trace, _percent(budget, 0), *shown, use])
-    text = _table(["trace", "budget, %", *methods, "use of it by search"], rows)
+    text = table(["trace", "budget, %", *methods, "use of it by search"], rows)
     halves = found[0]["halves"]
     return f"{text}\n\nAccuracy in % on the other half, mean over {halves} random halves."
 
@@ -83,7 +80,7 @@ def _rules(result: Result) -> str:
         mean = sum(row["gain"] for row in own.values()) / len(own)
         means[rule] = mean, [rule, *shown, f"{mean:+.2f}"]
     rows = [row for _, row in sorted(means.values(), key=lambda pair: -pair[0])]
-    text = _table(["rule, with search", *traces, "mean"], rows)
+    text = table(["rule, with search", *traces, "mean"], rows)
     return (
         f"{text}\n\nPoints of accuracy above maximum softmax with `geometric` at the same "
         f"{_percent(found[0]['budget'], 0)} % of the cost, over {found[0]['halves']} random halves "
@@ -114,7 +111,7 @@ def _promises(result: Result) -> str:
     for level in levels:
         promised = _percent(1 - level, 0)
         head += [f"violations, % (promised ≤ {promised}), worst", "where", "cells above chance"]
-    text = _table(head, rows)
+    text = table(head, rows)
     draws = found[0]["draws"]
     return (
         f"{text}\n\n{draws:,} draws a cell. A cell is above chance where its count exceeds the "
@@ -131,7 +128,7 @@ def _costs(result: Result) -> str:
             at = (population, epsilon)
             cell = {r["method"]: r for r in found if (r["population"], r["epsilon"]) == at}
             rows.append([population, f"{epsilon:g}", *(_paid(cell.get(m)) for m in methods)])
-    text = _table(["samples from", "ε", *methods], rows)
+    text = table(["samples from", "ε", *methods], rows)
     return (
         f"{text}\n\nMean cost as a share of the full network's, for an accuracy gap of at most ε "
         f"with confidence 0.9; in brackets, the share of calibration sets with which the promise "
@@ -159,7 +156,7 @@ def _speed(result: Result) -> str:
         for row in result["rows"]["speed"]
     ]
     head = ["samples × exits", "calibrate, s", "GB beyond the trace", "replay, s"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _equality(result: Result) -> str:
@@ -173,7 +170,7 @@ def _equality(result: Result) -> str:
         for row in result["rows"]["equality"]
     ]
     head = ["criterion", "leave at each exit, %", "rows where the runner differs", "the ONNX file"]
-    text = _table(head, rows)
+    text = table(head, rows)
     return f"{text}\n\nOf {result['rows']['equality'][0]['rows']:,} random rows: exit or class."
 
 

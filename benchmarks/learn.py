@@ -39,6 +39,7 @@ from benchmarks.learning.speed import measure_speed
 from benchmarks.learning.steps import measure_memory, measure_steps
 from benchmarks.learning.tasks import BATCH, DENSE, HELD_OUT, LONG, PARTS, TASKS, quick
 from benchmarks.traces import normalise
+from benchmarks.writing import processor, write_result
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "lightning", "numpy", "scipy", "onnxruntime", "onnx")
@@ -197,7 +198,7 @@ def _figures(keep: Keep, runs: list[Run]) -> list[Rows]:
         path = run.folder(keep) / "figures.json"
         if not path.is_file():
             found = figures(run, folds_of(run, keep), folds_of(run.plain, keep))
-            _replace(path, found)
+            write_result(path, found)
         rows.append(run.about(keep) | json.loads(path.read_text("utf-8")))
     return rows
 
@@ -210,7 +211,7 @@ def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
         rows = before["rows"] if before["conditions"]["quick"] == given.quick else {}
     rows |= {"runs": _figures(keep, _runs(given))} | found
     tasks = {run.task.name: run.task for run in _runs(given)}
-    _replace(
+    write_result(
         given.json,
         {
             "schema": 1,
@@ -219,7 +220,7 @@ def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
             "conditions": {
                 "quick": given.quick,
                 "threads": 1,
-                "processor": _processor(),
+                "processor": processor(),
                 "python": platform.python_version(),
                 "versions": {name: version(name) for name in PACKAGES},
                 "batch": BATCH,
@@ -254,23 +255,8 @@ def _task(task: Any) -> Rows:
     }
 
 
-def _replace(path: Path, content: Rows) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
-    os.replace(part, path)
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from scipy.stats import t as student
 from benchmarks.learning.settings import PLAIN
 from benchmarks.learning.summary import best_setting, least_cost
 from benchmarks.learning.tasks import LONG, TASKS
+from benchmarks.markdown import table
 
 __all__ = ["LEARNING_TABLES"]
 
@@ -31,11 +32,6 @@ BARS: dict[str, tuple[str, str, Callable[[float], bool]]] = {
     "step_overhead": ("of the plain step, less the heads' MACs, worst", "≤ 1.05",
                       lambda v: v <= 1.05),
 }  # fmt: skip
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _percent(value: float, digits: int = 2) -> str:
@@ -89,7 +85,7 @@ def _summary(result: Result) -> str:
                        ("runs", "trainings")):  # fmt: skip
         if name in result["summary"]:
             rows.append([f"`{name}`", f"{result['summary'][name]:.4g}", unit, "", ""])
-    return _table(["figure", "measured", "of what", "bar", "met"], rows)
+    return table(["figure", "measured", "of what", "bar", "met"], rows)
 
 
 def _accuracies(task: str) -> Callable[[Result], str]:
@@ -122,7 +118,7 @@ def _accuracies(task: str) -> Callable[[Result], str]:
             spent += stage
             costs.append(spent / sum(first["stage_macs"]))
         head = [f"exit at {_percent(cost, 0)} %" for cost in costs[:-1]]
-        return _table(["scheme", "seeds", *head, "last exit", "last less plain, points"], rows)
+        return table(["scheme", "seeds", *head, "last exit", "last less plain, points"], rows)
 
     return make
 
@@ -150,7 +146,7 @@ def _frontier(task: str) -> Callable[[Result], str]:
                  _spread(areas, samples), *shown, least]
             )  # fmt: skip
         head = [f"at {_percent(budget, 0)} % of the cost" for budget in SHOWN]
-        text = _table(["scheme", "leaves by", "area", *head, "cost of plain's accuracy, %"], rows)
+        text = table(["scheme", "leaves by", "area", *head, "cost of plain's accuracy, %"], rows)
         return f"{text}\n\n{_rivals(result, found, best)}"
 
     return make
@@ -187,7 +183,7 @@ def _gradients(result: Result) -> str:
             cells += [f"{quarters[0]:.3f}", f"{quarters[-1]:.3f}"] if quarters else ["–", "–"]
         rows.append([layer, *cells])
     head = [f"{_title(result, n)}, {when}" for n in shown for when in ("first quarter", "last")]
-    return _table(["layer", *head], rows)
+    return table(["layer", *head], rows)
 
 
 def _overthinking(result: Result) -> str:
@@ -205,7 +201,7 @@ def _overthinking(result: Result) -> str:
             rows.append([_named(result, task), _title(result, setting), *shown, cost, lead])
     head = ["network", "scheme", "destructive", "rescued", "lost", "wasteful", "oracle",
             "cost, %", "less plain, points"]  # fmt: skip
-    return _table(head, rows) if rows else NOT_YET
+    return table(head, rows) if rows else NOT_YET
 
 
 def _places(result: Result) -> str:
@@ -225,7 +221,7 @@ def _places(result: Result) -> str:
         )
     ways = list(dict.fromkeys(row["way"] for row in found))
     head = [f"area, {w}" for w in ways] + [f"at 50 %, {w}" for w in ways]
-    return _table(["exits", *head, "places that the search kept"], rows)
+    return table(["exits", *head, "places that the search kept"], rows)
 
 
 def _steps(result: Result) -> str:
@@ -244,7 +240,7 @@ def _steps(result: Result) -> str:
         )  # fmt: skip
     head = ["network", "scheme", "plain, ms", "with exits, ms", "ratio", "heads' MACs",
             "less heads", "plain, MB", "with exits, MB", "ratio of memory"]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _speed(result: Result) -> str:
@@ -257,7 +253,7 @@ def _speed(result: Result) -> str:
     ]  # fmt: skip
     head = ["network", "scheme", "plain, ms", "with exits, ms", "faster", "by MACs",
             "measured over MACs"]  # fmt: skip
-    return _table(head, rows) if rows else NOT_YET
+    return table(head, rows) if rows else NOT_YET
 
 
 def _energy(result: Result) -> str:
@@ -274,7 +270,7 @@ def _energy(result: Result) -> str:
     head = ["network", "scheme", "plain, µJ, estimated", "with exits, µJ, estimated", "ratio",
             "of the plain network's, by MACs"]  # fmt: skip
     told = "can" if found["rapl_readable"] else "cannot"
-    return f"{_table(head, rows)}\n\nThe machine's energy counters (RAPL) {told} be read here."
+    return f"{table(head, rows)}\n\nThe machine's energy counters (RAPL) {told} be read here."
 
 
 def _conditions(result: Result) -> str:
@@ -292,7 +288,7 @@ def _conditions(result: Result) -> str:
     head = ["network, data", "parameters at the start", "passes", "learning rate",
             "thresholds chosen on", "seeds, at the most"]  # fmt: skip
     return (
-        f"{_table(head, rows)}\n\n{given['optimizer']} (by SGD: {given['sgd']}); batches "
+        f"{table(head, rows)}\n\n{given['optimizer']} (by SGD: {given['sgd']}); batches "
         f"of {given['batch']}, {given['precision']}, one thread of a {given['processor']}. "
         f"Python {given['python']}, {versions}."
     )

@@ -37,6 +37,7 @@ from benchmarks.running.memory import measure_memory
 from benchmarks.running.onefile import measure_file
 from benchmarks.running.rival import measure_rival
 from benchmarks.subjects import MIXES, SMALL, SUBJECTS
+from benchmarks.writing import processor, write_result
 from offramp.run.engines import Engine, OnnxRuntime, OpenVINO, Torch
 
 PACKAGES = ("torch", "onnxruntime", "onnx", "openvino", "transformers", "numpy")
@@ -74,7 +75,7 @@ def main() -> None:
         "conditions": {
             "threads": 1,
             "device": given.device,
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "cores": os.cpu_count(),
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
@@ -84,11 +85,8 @@ def main() -> None:
         },
         "parts": result,
     }
-    text = json.dumps(document, indent=1) + "\n"
     if given.json:
-        part = given.json.with_name(f".{given.json.name}.part")
-        part.write_text(text, "utf-8")
-        os.replace(part, given.json)
+        write_result(given.json, document)
     print(json.dumps(document["summary"], indent=1))
 
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
+
+from benchmarks.markdown import table
 
 __all__ = ["RUNTIME_TABLES"]
 
 Result = dict[str, Any]
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _coverage(result: Result) -> str:
@@ -30,7 +26,7 @@ def _coverage(result: Result) -> str:
         total.update(passed)
         rows.append([source, *(str(passed[key]) for key in ("all", "equal", "onnx"))])
     rows.append(["**all**", *(f"**{total[key]}**" for key in ("all", "equal", "onnx"))])
-    text = _table(["from", "architectures", "bit-equal, and per sample as alone", "one file"], rows)
+    text = table(["from", "architectures", "bit-equal, and per sample as alone", "one file"], rows)
     failed = [r for r in result["rows"] if not (r["equal"] and r["per_sample"] and r["onnx"])]
     notes = [f"- `{row['name']}`: {row['reason'].rstrip('.')}." for row in failed]
     return text + ("\n\nThose that do not pass all:\n\n" + "\n".join(notes) if notes else "")
@@ -50,7 +46,7 @@ def _ideal(result: Result) -> str:
                 f"{row['ratio']:.3f}",
             ]
         )
-    return _table(
+    return table(
         ["network", "engine", "batch", "leave", "rows that enter", "ms", "over the ideal"], rows
     )
 
@@ -71,7 +67,7 @@ def _overhead(result: Result) -> str:
     ]
     head = ["network", "engine", "batch", "backbone, ms", "with exits, ms", "ratio",
             "heads' MACs", "less heads"]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _compaction(result: Result) -> str:
@@ -89,7 +85,7 @@ def _compaction(result: Result) -> str:
     ]
     head = ["network", "batch", "rows that enter", "compacts, by measurement", "µs",
             "µs, always", "µs, never", "the runner answers", "µs, runner"]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _file(result: Result) -> str:
@@ -106,7 +102,7 @@ def _file(result: Result) -> str:
     ]
     head = ["network", "export and proof, s", "first stage, ms", "file, all leave, ms",
             "file over first stage", "runner over first stage"]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _memory(result: Result) -> str:
@@ -122,7 +118,7 @@ def _memory(result: Result) -> str:
         for row in result["parts"]["memory"]
     ]
     head = ["network", "batch", "backbone, MB", "runner, MB", "ratio", "ratio while loading"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _earlyon(result: Result) -> str:
@@ -144,7 +140,7 @@ def _earlyon(result: Result) -> str:
     head = ["batch", "accuracy", "accuracy, earlyon", "images/s, ONNX Runtime",
             "images/s, eager torch", "images/s, earlyon", "over earlyon",
             "both on eager torch"]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _conditions(result: Result) -> str:
@@ -175,7 +171,7 @@ def _quantisation(result: Result) -> str:
         for row in result["times"]
     ]  # fmt: skip
     second = ["batch", "float32, none leave, ms", "float32, ms", "int8, none leave, ms", "int8, ms"]
-    return _table(head, rows) + "\n\n" + _table(second, times)
+    return table(head, rows) + "\n\n" + table(second, times)
 
 
 RUNTIME_TABLES = {

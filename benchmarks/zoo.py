@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.systems.branchynet import PAPER, Conditions, measure_branchynet
 from benchmarks.systems.text import TextConditions, measure_text
 from benchmarks.traces import FASHION
+from benchmarks.writing import processor, write_result
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "lightning", "numpy", "onnxruntime", "onnx", "transformers")
@@ -132,25 +133,14 @@ def _write(rows: dict[str, Row], given: argparse.Namespace) -> None:
         "conditions": {
             "quick": given.quick,
             "threads": 1,
-            "processor": _processor(),
+            "processor": processor(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in PACKAGES},
             "paper": {"branchynet": PAPER},
         },
         "systems": rows,
     }
-    given.json.parent.mkdir(parents=True, exist_ok=True)
-    part = given.json.with_name(f".{given.json.name}.part")
-    part.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", "utf-8")
-    os.replace(part, given.json)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    write_result(given.json, document)
 
 
 if __name__ == "__main__":

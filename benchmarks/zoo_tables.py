@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
+
+from benchmarks.markdown import table
 
 __all__ = ["ZOO_TABLES"]
 
@@ -32,11 +34,6 @@ BARS: dict[str, tuple[str, Callable[[float], bool]]] = {
 }
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
 def _summary(result: Result) -> str:
     found, rows = result["summary"], []
     for name, (bar, good) in BARS.items():
@@ -45,7 +42,7 @@ def _summary(result: Result) -> str:
             rows.append([f"`{name}`", f"{found[name]:.2f}", bar, met])
         else:
             rows.append([f"`{name}`", "not measured", bar, "**no**"])
-    return _table(["figure", "measured", "bar", "met"], rows)
+    return table(["figure", "measured", "bar", "met"], rows)
 
 
 def _branchynet(result: Result) -> str:
@@ -68,7 +65,7 @@ def _branchynet(result: Result) -> str:
         "network", "thresholds", "plain, %", "with branches, %", "left at each exit, %",
         "MACs ratio", "faster, batch 1", "faster, batch 64",
     ]  # fmt: skip
-    return "\n".join([_table(head, rows), "", _budgets(result)])
+    return "\n".join([table(head, rows), "", _budgets(result)])
 
 
 def _cells(policy: Row) -> list[str]:
@@ -115,7 +112,7 @@ def _text(result: Result) -> str:
         "system", "how it learns; how it leaves", "at 40 % of the cost", "at 50 %", "at 60 %",
         "chosen: cost, %", "chosen: less plain, points",
     ]  # fmt: skip
-    return "\n".join([_table(head, rows), "", _text_conditions(text)])
+    return "\n".join([table(head, rows), "", _text_conditions(text)])
 
 
 def _budget(system: Row, budget: str) -> str:
@@ -150,7 +147,7 @@ def _truncated(result: Result) -> str:
         [str(r["layers"]), _percent(r["accuracy"]), _points(r["less_plain"])]
         for r in text["truncated"]
     ]
-    return _table(["layers", "accuracy, %", "less plain, points"], rows)
+    return table(["layers", "accuracy, %", "less plain, points"], rows)
 
 
 def _text_speed(result: Result) -> str:
@@ -165,7 +162,7 @@ def _text_speed(result: Result) -> str:
         for row in text["timed"]
         for size in (1, 32)
     ]  # fmt: skip
-    return _table(["system", "batch", "plain, ms a sentence", "with exits", "faster"], rows)
+    return table(["system", "batch", "plain, ms a sentence", "with exits", "faster"], rows)
 
 
 def _conditions(result: Result) -> str:

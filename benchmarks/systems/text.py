@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,8 +30,9 @@ from offramp.errors import Infeasible
 from offramp.run.engines import OnnxRuntime
 from offramp.run.runner import Runner
 from offramp.run.timing import compare
-from offramp.train import Distill, Joint, Phase, Scheme
+from offramp.train import Distill, Joint
 from offramp.train.optimizers import adamw
+from offramp.zoo.running import plain_phases
 from offramp.zoo.text import (
     TEXT,
     Sentences,
@@ -90,12 +90,12 @@ def measure_text(given: TextConditions) -> Row:
     """All systems, trained, judged and the best of them timed."""
     folder = given.encoder or _installed()
     data = _data(folder, given)
-    plain = _trained("plain", folder, data, given, _plain)
+    plain = _trained("plain", folder, data, given)
     full = right_of(_trace(plain, data["test"]))
     wanted = float(right_of(_trace(plain, data["dev"])).double().mean()) - given.drop
     rows, traces = [], {}
     for system in (*TEXT.values(), OURS):
-        model = _trained(system.name, folder, data, given, lambda _, s=system: s.scheme, system)
+        model = _trained(system.name, folder, data, given, system)
         traces[system.name] = [_trace(model, data[part]) for part in ("dev", "test")]
         rows.append(_judged(system, *traces[system.name], full, wanted))
     best = _best(rows)
@@ -103,10 +103,9 @@ def measure_text(given: TextConditions) -> Row:
     timed = []
     for name in dict.fromkeys((best, "offramp")):
         system = {**TEXT, OURS.name: OURS}[name]
-        model = _trained(name, folder, data, given, lambda _, s=system: s.scheme, system)
-        row = next(r for r in rows if r["system"] == name)
-        if row["chosen"] is not None:
-            policy = _chosen(system, traces[name][0], wanted)
+        model = _trained(name, folder, data, given, system)
+        policy = _chosen(system, traces[name][0], wanted)
+        if policy is not None:
             timed.append({"system": name, **_timed(model, plain, policy, data["test"], given)})
     return {
         "encoder": "all-MiniLM-L6-v2",
@@ -150,8 +149,6 @@ def _data(folder: Path, given: TextConditions) -> dict[str, Sentences]:
 
 # -- training --------------------------------------------------------------------------------------
 
-MakeScheme = Callable[[int], Scheme | list[Phase]]
-
 
 def _encoder(folder: Path, seed: int) -> nn.Module:
     from transformers import AutoModelForSequenceClassification
@@ -164,16 +161,11 @@ def _encoder(folder: Path, seed: int) -> nn.Module:
     return model.eval()
 
 
-def _plain(num_exits: int, epochs: int = 0) -> list[Phase]:
-    return [Phase("plain", tuple(range(num_exits)), (), (num_exits - 1,), epochs)]
-
-
 def _trained(
     name: str,
     folder: Path,
     data: dict[str, Sentences],
     given: TextConditions,
-    scheme: MakeScheme,
     system: TextSystem | None = None,
     layers: int = LAYERS,
 ) -> MultiExitModel:
@@ -191,17 +183,16 @@ def _trained(
         model.load_state_dict(load_file(kept))
         return model.eval()
     if system is not None and system.tuned:
-        plain = _trained("plain", folder, data, given, _plain)
+        plain = _trained("plain", folder, data, given)
         model.backbone.load_state_dict(plain.backbone.state_dict())
-    plan = scheme(model.num_exits)
-    plan = [replace(p, epochs=given.epochs) for p in plan] if isinstance(plan, list) else plan
+    plain_only = plain_phases(model.num_exits, given.epochs)
     # Heads on a frozen encoder are new: they learn as fast as heads do.
     rate = 1e-3 if system is not None and system.tuned else RATE
     begin = time.process_time()
     offramp.fit(
         model,
         data["train"],
-        scheme=plan,
+        scheme=plain_only if system is None else system.scheme,
         epochs=given.epochs,
         optimizer=partial(adamw, lr=rate),
         precision="bf16-mixed",
@@ -228,7 +219,7 @@ def _shorter(
     layers: int, folder: Path, data: dict[str, Sentences], given: TextConditions, full: Tensor
 ) -> Row:
     """An encoder of fewer layers, fine-tuned for as long: what need not be decided at all."""
-    model = _trained(f"layers{layers}", folder, data, given, _plain, layers=layers)
+    model = _trained(f"layers{layers}", folder, data, given, layers=layers)
     right = right_of(_trace(model, data["test"]))
     return {"layers": layers, "accuracy": share(right), "less_plain": paired(right, full)}
 
@@ -295,13 +286,11 @@ def _best(rows: list[Row]) -> str:
 def _timed(
     model: MultiExitModel,
     plain: MultiExitModel,
-    policy: Policy | None,
+    policy: Policy,
     test: Sentences,
     given: TextConditions,
 ) -> Row:
     """The encoder without exits beside the one that leaves early, in turn, on test sentences."""
-    if policy is None:
-        return {}
     inputs, _ = next(iter(replace(test, size=4, shuffled=False)))
     runner = Runner(model, policy, inputs, engine=OnnxRuntime(threads=1))
     bare = bare_call(plain, inputs, OnnxRuntime(threads=1))

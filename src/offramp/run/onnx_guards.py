@@ -45,12 +45,12 @@ def guard(model: onnx.ModelProto, kinds: Collection[str], spared: Collection[str
         spared: values that always have rows; what computes them is left as it is.
     """
     graph = model.graph
-    taken = {_tag(node) for node in graph.node}
+    always, taken = frozenset(spared), {_tag(node) for node in graph.node}
     free = (n for n in itertools.count() if f"{OWN}{n}/" not in taken)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         padded = _padding_of(node) if node.op_type in kinds and not _tag(node) else None
-        if padded is None or not set(spared).isdisjoint(node.output):
+        if padded is None or not always.isdisjoint(node.output):
             nodes.append(node)
         else:
             nodes.extend(_guarded(node, padded, next(free)))

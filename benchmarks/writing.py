@@ -1,0 +1,28 @@
+"""How a result is written, and on what it was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+__all__ = ["processor", "write_result"]
+
+
+def write_result(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
+    os.replace(part, path)
+
+
+def processor() -> str:
+    """Its name, as well as the system knows it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
