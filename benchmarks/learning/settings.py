@@ -84,7 +84,7 @@ def _own(rule: str) -> Rules:
 PLAIN = "plain"
 
 # The most promising, for what takes long.
-PROMISING = (PLAIN, "mixed_distill", "joint_distill", "heads")
+PROMISING = (PLAIN, "mixed_distill", "joint_distill", "ztw")
 
 SETTINGS = {
     setting.name: setting

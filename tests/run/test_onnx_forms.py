@@ -47,6 +47,49 @@ def test_attention_over_any_number_of_dimensions(
         np.testing.assert_allclose(got, Attention()(*given).numpy(), atol=1e-6)
 
 
+class Twice(nn.Module):
+    """Two layers under one mask."""
+
+    def forward(self, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        attend = functional.scaled_dot_product_attention
+        x = attend(x, y, y, attn_mask=mask)
+        return attend(x, y, x.new_ones(y.shape) + y, attn_mask=mask, scale=0.7)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_query_that_may_look_at_nothing_gets_zeros(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 2, 6, 8, generator=generator)
+    y = torch.randn(4, 2, 5, 8, generator=generator)
+    mask = torch.rand(4, 1, 6, 5, generator=generator) < 0.5
+    mask[0, :, 2], mask[3] = False, False
+    if kind == "float":
+        mask = torch.where(mask, torch.randn(mask.shape, generator=generator), -torch.inf)
+    wanted = Twice()(x, y, mask)
+    assert (wanted[3] == 0).all()
+    assert (wanted[0, :, 2] == 0).all()
+    batch = Dim("batch", min=1)
+    program = torch.export.export(
+        Twice(), (x, y, mask), dynamic_shapes=({0: batch},) * 3, strict=False
+    )
+    bring_into_form(program)
+    targets = [node.target for node in program.graph.nodes]
+    assert targets.count(torch.ops.aten.where.ScalarOther) == 1  # shared by both layers
+    torch.testing.assert_close(program.module()(x, y, mask), wanted)
+    model = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=20).model_proto
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    given = (value.numpy() for value in (x, y, mask))
+    names = (value.name for value in session.get_inputs())
+    (got,) = session.run(None, dict(zip(names, given, strict=True)))
+    np.testing.assert_allclose(got, wanted.numpy(), atol=1e-6)
+    if kind == "float":  # what is not a number is not hidden
+        mask[1, 0, 3] = torch.nan
+        assert program.module()(x, y, mask)[1, :, 3].isnan().all()
+
+
 class Largest(nn.Module):
     """As a criterion spells it, or nearly so."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,6 +39,7 @@ class Answer:
         exit: (B,) int64.
         logits: (B, C); ``None`` as long as nobody left.
         score: (B,); likewise.
+        prediction: (B,) int64; ``None`` where it is not known yet.
         finite: whether inputs and logits are known to be finite; if not, they have to be looked at.
     """
 
@@ -47,7 +47,9 @@ class Answer:
     exit: np.ndarray
     logits: Array = None
     score: Array = None
+    prediction: np.ndarray | None = None
     finite: bool = False
+    _host: np.ndarray | None = None
 
     def add(self, exit: int, rows: np.ndarray, logits: Array, score: Array) -> None:
         """The answers (R, C) and scores (R,) with which the samples ``rows`` (R,) leave."""
@@ -59,15 +61,17 @@ class Answer:
         self.logits = self.engine.scatter(self.logits, logits, rows, samples)
         self.score = self.engine.scatter(self.score, score, rows, samples)
 
-    @cached_property
     def host_logits(self) -> np.ndarray:
-        """(B, C), once all rows have left."""
-        return self.engine.host(self.logits)
+        """(B, C), once all rows have left; they come from a device once."""
+        if self._host is None:
+            self._host = self.engine.host(self.logits)
+        return self._host
 
     def result(self, like: Tensor | np.ndarray) -> Result:
         """As arrays of the kind of ``like``."""
-        logits = self.host_logits
-        prediction = logits.argmax(-1)
+        logits, prediction = self.host_logits(), self.prediction
+        if prediction is None:
+            prediction = logits.argmax(-1)
         if isinstance(like, np.ndarray):
             return Result(prediction, logits, self.exit, self.engine.host(self.score))
         found: list[Tensor] = [

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["convert", "model_like", "parts_of", "split"]
 
-OPSET = 18
+OPSET = 20
 IR_VERSION = 10
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ __all__ = ["bring_into_form"]
 
 _ATEN = torch.ops.aten
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+_Masks = dict[fx.Node, tuple[fx.Node, fx.Node]]
 RANK = 4  # (N, heads, L, D): the one that attention is exported in
 
 
@@ -21,14 +23,20 @@ def bring_into_form(program: ExportedProgram) -> None:
     Attention over ``(N, L, D)`` becomes attention of one head, and attention over more dimensions
     that are a batch to it, such as ``(B, windows, heads, L, D)``, has the first ones folded. What
     cannot be folded, since its mask is shared along one of them, stays for the exporter to refuse.
+    Attention is then written out as two products and a softmax: the exporter's own form works out
+    the shape of the keys in nine kernels a layer.
 
     The largest softmax probability, spelt as eager torch is quickest with, becomes a softmax and
     its maximum: two kernels of an engine instead of five.
     """
     graph = program.graph
+    masks: _Masks = {}
     for node in list(graph.nodes):
-        if node.target is _ATTENTION and _rank(node.args[0]) != RANK:
-            _fold(graph, node)
+        if node.target is _ATTENTION:
+            if _rank(node.args[0]) != RANK:
+                _fold(graph, node)
+            if _rank(node.args[0]) == RANK:
+                _write_out(graph, node, masks)
         elif node.target is _ATEN.reciprocal.default:
             _largest_probability(graph, node)
     graph.eliminate_dead_code()
@@ -56,6 +64,55 @@ def _largest_probability(graph: fx.Graph, node: fx.Node) -> None:
         score = graph.call_function(_ATEN.amax.default, (shares, [-1]))
         score.meta = {"val": _tensor(node)}
     node.replace_all_uses_with(score)
+
+
+def _write_out(graph: fx.Graph, node: fx.Node, masks: _Masks) -> None:
+    """``softmax(q kᵀ · scale + mask) v``; a query that may look at no key gets zeros."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if given.get("dropout_p") or given.get("is_causal") or given.get("enable_gqa"):
+        return
+    query, keys, values = (given[name] for name in names[:3])
+    mask, scale = given.get("attn_mask"), given.get("scale")
+    if scale is None:
+        scale = 1 / math.sqrt(_tensor(query).shape[-1])
+    with graph.inserting_before(node):
+        turned = _call(graph, _ATEN.transpose.int, keys, -2, -1)
+        scores = _call(graph, _ATEN.matmul.default, query, turned)
+        scores = _call(graph, _ATEN.mul.Tensor, scores, scale)
+        if mask is not None:
+            if mask not in masks:
+                masks[mask] = _added(graph, mask, _tensor(values).dtype)
+            added, seen = masks[mask]
+            scores = _call(graph, _ATEN.add.Tensor, scores, added)
+        shares = _call(graph, _ATEN.softmax.int, scores, -1)
+        result = _call(graph, _ATEN.matmul.default, shares, values)
+        if mask is not None:
+            result = _call(graph, _ATEN.mul.Tensor, result, seen)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+
+
+def _added(graph: fx.Graph, mask: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, fx.Node]:
+    """What is added to scores, and 1 for queries that may look at some key, 0 for the others.
+
+    Both depend on the mask alone, which all layers share.
+    """
+    if _tensor(mask).dtype == torch.bool:
+        seen = _call(graph, _ATEN.any.dim, mask, -1, True)
+        mask = _call(graph, _ATEN.where.Scalar, mask, 0.0, -math.inf)
+    else:
+        largest = _call(graph, _ATEN.amax.default, mask, [-1], True)
+        seen = _call(graph, _ATEN.ne.Scalar, largest, -math.inf)
+    added = _call(graph, _ATEN.where.ScalarOther, seen, mask, 0.0)
+    return added, _call(graph, _ATEN.to.dtype, seen, dtype)
+
+
+def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:  # noqa: ANN401
+    made = graph.call_function(target, args)
+    known = (_tensor(arg) if isinstance(arg, fx.Node) else arg for arg in args)
+    made.meta = {"val": target(*known)}
+    return made
 
 
 def _fold(graph: fx.Graph, node: fx.Node) -> None:

@@ -66,9 +66,9 @@ def join(model: onnx.ModelProto, steps: Sequence[Link], summed: Sequence[bool]) 
 
     Returns:
         A model with the step's inputs in order and ``thresholds`` (K - 1,) behind them. Outputs:
-        ``check`` (), finite where all logits and the inputs in ``summed`` are (and maybe infinite
-        where they are large); and the logits (R_k, C) and score (R_k,) of each step for the rows
-        that came there.
+        the logits (R_k, C) and score (R_k,) of each step for the rows that came there; and, where
+        some inputs in ``summed`` are in single precision, ``check`` (), their sum: finite where
+        they are (and maybe infinite where they are large).
 
     Raises:
         StageError: samples are taken out by a ``select`` function.
@@ -232,10 +232,14 @@ class _Rule:
             if wanted and self._type(f"0/{inner}") == TensorProto.FLOAT
         ]
         said = [f"{k}/{name}" for k in range(len(self.steps)) for name in ("logits", "score")]
-        sums = [self._add("ReduceSum", [name], keepdims=0) for name in (*inputs, *said[::2])]
-        self.nodes.append(helper.make_node("Sum", sums, ["check"]))
-        outputs = [helper.make_tensor_value_info("check", TensorProto.FLOAT, [])]
-        outputs += [self.known[name] for name in said]
+        outputs = [self.known[name] for name in said]
+        if inputs:
+            sums = [self._add("ReduceSum", [name], keepdims=0) for name in inputs]
+            if len(sums) > 1:
+                self.nodes.append(helper.make_node("Sum", sums, ["check"]))
+            else:
+                self.nodes[-1].output[0] = "check"
+            outputs.append(helper.make_tensor_value_info("check", TensorProto.FLOAT, []))
         return self._model(outputs)
 
     def _type(self, name: str) -> int:

@@ -451,8 +451,9 @@ class Runner:
 
 def _look(said: Answer, given: Sequence[Any]) -> None:
     """Refuse logits that are not finite."""
-    if not np.isfinite(said.host_logits).all():
-        explain_not_finite(said.host_logits, given)
+    logits = said.host_logits()
+    if not np.isfinite(logits).all():
+        explain_not_finite(logits, given)
 
 
 _ANSWER = ("logits", "score")

@@ -45,19 +45,40 @@ class Whole:
 
     def __call__(self, inputs: Sequence[Array]) -> Answer:
         """The answers to a batch."""
-        check, *said = self._call([*inputs, *self._more])
+        said = self._call([*inputs, *self._more])
+        summed = said.pop() if len(said) % 2 else 0.0
         logits, scores = said[::2], said[1::2]
-        finite = math.isfinite(check)
         if len(logits[0]) == 1:
-            last = len(logits) - 1
-            while not len(logits[last]):
-                last -= 1
-            exit = self._taken[last].copy()
-            return Answer(self._engine, exit, logits[last], scores[last], finite)
+            return self._single(logits, scores, summed)
+        answer = self._together(logits, scores)
+        # Sums are quick; where large values overflow them, all are looked at.
+        answer.finite = math.isfinite(summed) and math.isfinite(answer.logits.sum())
+        return answer
+
+    def _single(
+        self, logits: Sequence[np.ndarray], scores: Sequence[np.ndarray], summed: float
+    ) -> Answer:
+        """Of one row, with as little code as can be: the engine's call has emptied the caches."""
+        last = len(logits) - 1
+        while not len(logits[last]):
+            last -= 1
+        own = logits[last]
+        prediction = own.argmax(-1)  # NaN counts as the largest
+        ends = own.item(prediction.item()) - own.item(own.argmin())
+        return Answer(
+            self._engine,
+            self._taken[last].copy(),
+            own,
+            scores[last],
+            prediction,
+            math.isfinite(summed) and math.isfinite(ends),
+        )
+
+    def _together(self, logits: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> Answer:
         # What the first step says of all rows is written over by what later ones say of some.
         rows = np.arange(len(logits[0]))
         exit = np.full(len(rows), self._exits[0])
-        answer = Answer(self._engine, exit, logits[0], scores[0], finite)
+        answer = Answer(self._engine, exit, logits[0], scores[0])
         for position, limit in enumerate(self._limits, 1):
             rows = rows[~(scores[position - 1] >= limit)]  # a score that is not a number stays
             if not len(rows):
