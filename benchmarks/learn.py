@@ -205,12 +205,17 @@ def _figures(keep: Keep, runs: list[Run]) -> list[Rows]:
 
 def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
     """What is found, beside what the file has of other sections."""
+    runs = _runs(given)
+    tasks = {run.task.name: _task(run.task) for run in runs}
     rows: Rows = {}
+    trained = _figures(keep, runs)
     if given.json.exists():
         before = json.loads(given.json.read_text("utf-8"))
-        rows = before["rows"] if before["conditions"]["quick"] == given.quick else {}
-    rows |= {"runs": _figures(keep, _runs(given))} | found
-    tasks = {run.task.name: run.task for run in _runs(given)}
+        if before["conditions"]["quick"] == given.quick:
+            rows = before["rows"]
+            trained += _elsewhere(before, tasks, {_key(row) for row in trained})
+    order = {(run.task.name, run.setting.name, run.seed): k for k, run in enumerate(runs)}
+    rows |= {"runs": sorted(trained, key=lambda row: order.get(_key(row), len(order)))} | found
     write_result(
         given.json,
         {
@@ -232,7 +237,7 @@ def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
                 "tolerance": TOLERANCE,
                 "picojoules": PICOJOULES,
                 "budgets": list(BUDGETS),
-                "tasks": {name: _task(task) for name, task in tasks.items()},
+                "tasks": tasks,
                 "settings": {
                     s.name: {"title": s.title, "source": s.source} for s in SETTINGS.values()
                 },
@@ -240,6 +245,13 @@ def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
             "rows": rows,
         },
     )
+
+
+def _elsewhere(before: Rows, tasks: Rows, here: set[tuple[str, str, int]]) -> list[Rows]:
+    """What the file has of runs that are not kept on this machine, of the same tasks."""
+    same = {name for name, task in tasks.items() if before["conditions"]["tasks"].get(name) == task}
+    rows: list[Rows] = before["rows"].get("runs", [])
+    return [row for row in rows if row["task"] in same and _key(row) not in here]
 
 
 def _task(task: Any) -> Rows:

@@ -18,6 +18,7 @@ import json
 import platform
 import sys
 import warnings
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.systems.branchynet import PAPER, Conditions, measure_branchynet
+from benchmarks.systems.inception import InceptionConditions, measure_inception
 from benchmarks.systems.text import TextConditions, measure_text
 from benchmarks.traces import FASHION
 from benchmarks.writing import processor, write_result
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "lightning", "numpy", "onnxruntime", "onnx", "transformers")
-SYSTEMS = ("b-lenet", "b-alexnet", "b-resnet110", "text")
+SYSTEMS = ("b-lenet", "b-alexnet", "b-resnet110", "inception-v1", "text")
 # Epochs that two cores can do, the same for the plain network; what may be lost, from the bars.
-EPOCHS = {"b-lenet": 20, "b-alexnet": 10, "b-resnet110": 2, "text": 3}
+EPOCHS = {"b-lenet": 20, "b-alexnet": 10, "b-resnet110": 2, "inception-v1": 15, "text": 3}
 DROP = {"b-resnet110": 0.015}
 
 Row = dict[str, Any]
@@ -59,7 +61,7 @@ def main() -> None:
     rows = _before(given)
     for name in names:
         print(name, file=sys.stderr, flush=True)
-        rows[name] = _text(given) if name == "text" else _branchynet(name, given)
+        rows[name] = MEASURES.get(name, partial(_branchynet, name))(given)
         if not given.train:
             _write(rows, given)
     print(json.dumps(summarise(rows), indent=1))
@@ -89,6 +91,20 @@ def _text(given: argparse.Namespace) -> Row:
             seconds=0.0 if given.train else 20.0,
         )
     )
+
+
+def _inception(given: argparse.Namespace) -> Row:
+    return measure_inception(
+        InceptionConditions(
+            given.data,
+            given.runs,
+            epochs=given.epochs or EPOCHS["inception-v1"],
+            seconds=0.0 if given.train else 10.0,
+        )
+    )
+
+
+MEASURES = {"text": _text, "inception-v1": _inception}
 
 
 def _before(given: argparse.Namespace) -> dict[str, Row]:

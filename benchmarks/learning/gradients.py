@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from benchmarks.learning.tasks import Images
 from offramp.build.model import MultiExitModel
 from offramp.train.optimizers import OptimizerFactory
 
-__all__ = ["Norms", "read_norms"]
+__all__ = ["Counts", "Norms", "read_norms"]
 
 EVERY = 20  # steps
 PERIODS = 4  # of a training, over which norms are averaged
+
+
+class Counts(Protocol):
+    """What knows how many steps were taken."""
+
+    step: int
 
 
 class Norms:
@@ -32,7 +37,7 @@ class Norms:
     """
 
     def __init__(
-        self, make: OptimizerFactory, model: MultiExitModel, loader: Images, path: Path
+        self, make: OptimizerFactory, model: MultiExitModel, loader: Counts, path: Path
     ) -> None:
         self.make, self.loader, self.path = make, loader, path
         self.layers = {p: _layer(name) for name, p in model.backbone.named_parameters()}
@@ -85,9 +90,9 @@ def _layer(name: str) -> str:
     parts = name.split(".")
     if parts[0].startswith("layer"):
         return ".".join(parts[:2])
-    return "linear" if parts[0] == "linear" else "stem"
+    return "stem" if parts[0] in ("conv1", "bn1") else parts[0]
 
 
 def _order(layer: str) -> tuple[int, str, int]:
     group, _, block = layer.partition(".")
-    return {"stem": 0, "linear": 2}.get(group, 1), group, int(block or 0)
+    return {"stem": 0, "linear": 2, "fc": 2}.get(group, 1), group, int(block or 0)

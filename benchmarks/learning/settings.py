@@ -84,7 +84,7 @@ def _own(rule: str) -> Rules:
 PLAIN = "plain"
 
 # The most promising, for what takes long.
-PROMISING = (PLAIN, "mixed_distill", "joint_distill", "ztw")
+PROMISING = (PLAIN, "ztw", "joint_distill", "heads")
 
 SETTINGS = {
     setting.name: setting
@@ -106,14 +106,14 @@ SETTINGS = {
                 source="Teerapittayanon et al., 2016"),
         Setting("pabee", "PABEE: linear weights", Joint(weights="linear"), _own("patience"),
                 source="Zhou et al., 2020"),
-        Setting("separate", "separate", Separate(), ANY),
-        Setting("layerwise", "layerwise", Layerwise(), ANY, source="Belilovsky et al., 2019"),
-        Setting("mixed", "mixed", Mixed(), ANY, source="Kubaty et al., 2025"),
-        Setting("alternating", "alternating", Alternating(), ANY, source="Xin et al., 2021"),
         Setting("boosting", "joint, boosting", Joint(Boosting()), {"summed": summed},
                 source="Yu et al., 2023"),
         Setting("matched", "joint, matched weights", Joint(Matched()), ANY,
                 source="after Han et al., 2022"),
+        Setting("separate", "separate", Separate(), ANY),
+        Setting("layerwise", "layerwise", Layerwise(), ANY, source="Belilovsky et al., 2019"),
+        Setting("mixed", "mixed", Mixed(), ANY, source="Kubaty et al., 2025"),
+        Setting("alternating", "alternating", Alternating(), ANY, source="Xin et al., 2021"),
         Setting("equilibrium", "joint, gradient equilibrium, by SGD", Joint(equilibrium=True), ANY,
                 sgd=True, source="Li et al., 2019"),
         Setting("joint_sgd", "joint, by SGD", Joint(), ANY, sgd=True),

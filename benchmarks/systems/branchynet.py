@@ -28,7 +28,7 @@ from offramp.zoo.recipe import Recipe
 from offramp.zoo.running import plain_phases, train
 from offramp.zoo.systems import system
 
-__all__ = ["PAPER", "Conditions", "measure_branchynet"]
+__all__ = ["PAPER", "Conditions", "judged", "measure_branchynet", "timed", "trace_of", "trained"]
 
 Row = dict[str, Any]
 
@@ -75,11 +75,11 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
         open_images(recipe.data, given.data[recipe.data], seed=given.seed), given.images
     )
     kept = given.runs / name / f"epochs{epochs}" / f"seed{given.seed}"
-    branchy, took = _trained(recipe, images, kept / "branches", epochs, given.seed)
+    branchy, took = trained(recipe, images, kept / "branches", epochs, given.seed)
     alone = plain_phases(branchy.num_exits, epochs)
-    plain, plain_took = _trained(recipe, images, kept / "plain", epochs, given.seed, alone)
-    calibration, test = (_trace(branchy, images, part) for part in ("calibration", "test"))
-    before, full = (_trace(plain, images, part) for part in ("calibration", "test"))
+    plain, plain_took = trained(recipe, images, kept / "plain", epochs, given.seed, alone)
+    calibration, test = (trace_of(branchy, images, part) for part in ("calibration", "test"))
+    before, full = (trace_of(plain, images, part) for part in ("calibration", "test"))
     right = right_of(full)
     rows = []
     for way, choose in _ways(name, given.drop).items():
@@ -87,9 +87,9 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
         if policy is None:
             rows.append({"way": way, "found": False})
             continue
-        found = _judged(test, policy, right)
-        timed = _timed(branchy, plain, policy, images, given.seconds)
-        rows.append({"way": way, "found": True, **found, **timed})
+        found = judged(test, policy, right)
+        times = timed(branchy, plain, policy, images, given.seconds)
+        rows.append({"way": way, "found": True, **found, **times})
     return {
         "system": name,
         "data": DATA[recipe.data],
@@ -113,7 +113,7 @@ def _fewer(images: Images, most: int | None) -> Images:
     return Images((x[:most], y[:most]), images.calibration, images.test)
 
 
-def _trained(
+def trained(
     recipe: Recipe,
     images: Images,
     out: Path,
@@ -130,7 +130,8 @@ def _trained(
     return model, float(json.loads(noted.read_text("utf-8")))
 
 
-def _trace(model: MultiExitModel, images: Images, part: str) -> Trace:
+def trace_of(model: MultiExitModel, images: Images, part: str) -> Trace:
+    """What the exits say of a part of the images."""
     x, y = getattr(images, part)
     return offramp.record(model, Batches(images.normalise(x), y, 500), source=part, progress=False)
 
@@ -170,7 +171,8 @@ def _leaving_first(trace: Trace, wanted: float) -> Policy:
 # -- on the test samples ---------------------------------------------------------------------------
 
 
-def _judged(test: Trace, policy: Policy, plain: Tensor) -> Row:
+def judged(test: Trace, policy: Policy, plain: Tensor) -> Row:
+    """What thresholds do on test samples, beside where the plain network is right (N,)."""
     decided = replay(test, policy)
     answered = decided.prediction == test.labels
     shares = torch.bincount(decided.exit, minlength=test.num_exits) / test.num_samples
@@ -186,7 +188,7 @@ def _judged(test: Trace, policy: Policy, plain: Tensor) -> Row:
     }
 
 
-def _timed(
+def timed(
     branchy: MultiExitModel, plain: MultiExitModel, policy: Policy, images: Images, seconds: float
 ) -> Row:
     """The plain network beside the one with branches, in turn, on the same test images."""

@@ -49,6 +49,7 @@ Row = dict[str, Any]
 
 LENGTH = 64  # tokens; the longest sentences have a few more
 RATE = 5e-5
+HEADS_RATE = 1e-3  # of heads, which begin at random and are small
 PARTS = ("train", "dev", "test")
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SINGLE, BATCH, BATCHES = 128, 32, 16
@@ -56,7 +57,7 @@ LAYERS = 6
 
 OURS = TextSystem(
     "offramp", "", "jointly, distilled from the ensemble of all exits; fitted ensemble",
-    Joint(Distill(teacher="ensemble")), fit_ensemble,
+    Joint(Distill(teacher="ensemble")), fit_ensemble, head="pool",
 )  # fmt: skip
 
 
@@ -177,7 +178,11 @@ def _trained(
     inputs, _ = next(iter(replace(data["dev"], size=4)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given.seed)
-        model = attach_to_layers(encoder, inputs) if layers > 1 else _alone(encoder, inputs)
+        model = (
+            attach_to_layers(encoder, inputs, system.head if system else "token")
+            if layers > 1
+            else _alone(encoder, inputs)
+        )
     kept = out / "model.safetensors"
     if kept.is_file():
         model.load_state_dict(load_file(kept))
@@ -186,15 +191,13 @@ def _trained(
         plain = _trained("plain", folder, data, given)
         model.backbone.load_state_dict(plain.backbone.state_dict())
     plain_only = plain_phases(model.num_exits, given.epochs)
-    # Heads on a frozen encoder are new: they learn as fast as heads do.
-    rate = 1e-3 if system is not None and system.tuned else RATE
     begin = time.process_time()
     offramp.fit(
         model,
         data["train"],
         scheme=plain_only if system is None else system.scheme,
         epochs=given.epochs,
-        optimizer=partial(adamw, lr=rate),
+        optimizer=partial(_optimizer, set(model.heads.parameters())),
         precision="bf16-mixed",
         seed=given.seed,
         checkpoint=out,
@@ -207,6 +210,19 @@ def _trained(
     (out / "seconds.json").write_text(json.dumps(took), "utf-8")
     print(f"  {name}: {took} s", flush=True)
     return model.eval()
+
+
+def _optimizer(heads: set[nn.Parameter], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, with a learning rate of its own for heads."""
+    made = adamw(parameters, lr=RATE)
+    groups = made.param_groups
+    for group in list(groups):
+        own = [p for p in group["params"] if p in heads]
+        group["params"] = [p for p in group["params"] if p not in heads]
+        if own:
+            groups.append({**group, "params": own, "lr": HEADS_RATE})
+    made.param_groups = [group for group in groups if group["params"]]
+    return made
 
 
 def _alone(encoder: nn.Module, inputs: dict[str, Tensor]) -> MultiExitModel:

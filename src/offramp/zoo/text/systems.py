@@ -34,6 +34,7 @@ class TextSystem:
         rule: makes the criterion from samples that choose no threshold.
         tuned: whether it starts from an encoder that is fine-tuned without exits, which the first
             of two stages does.
+        head: what reads a layer, as in :func:`attach_to_layers`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class TextSystem:
     scheme: Scheme
     rule: Callable[[Trace], Criterion]
     tuned: bool = False
+    head: str = "token"
 
     def choose(self, trace: Trace, accuracy: float, seed: int = 0) -> Policy:
         """The cheapest thresholds that are as accurate as wanted.

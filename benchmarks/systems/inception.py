@@ -1,0 +1,136 @@
+"""Inception V1 with and without its auxiliary classifiers: what they are for, and what else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import offramp
+from benchmarks.learning.frontiers import BUDGETS, curve, fronts_of
+from benchmarks.learning.gradients import Norms, read_norms
+from benchmarks.systems.branchynet import judged, timed, trace_of, trained
+from benchmarks.systems.judging import paired, right_of, share
+from offramp.build.model import MultiExitModel
+from offramp.decide import Criterion, Trace, criterion
+from offramp.errors import Infeasible
+from offramp.zoo.images import open_images
+from offramp.zoo.recipe import Recipe
+from offramp.zoo.running import plain_phases
+from offramp.zoo.systems import system
+
+__all__ = ["InceptionConditions", "measure_inception"]
+
+Row = dict[str, Any]
+SHOWN = (0.5, 0.75, 0.9, 1.0)  # shares of the plain network's cost
+
+
+@dataclass(frozen=True)
+class InceptionConditions:
+    """How it is measured.
+
+    Attributes:
+        data: folder of the archive.
+        runs: where trainings are kept.
+        epochs: of both trainings.
+        seed: of both.
+        seconds: of timing, for each batch size.
+    """
+
+    data: Path
+    runs: Path
+    epochs: int
+    seed: int = 0
+    seconds: float = 10.0
+
+
+def measure_inception(given: InceptionConditions) -> Row:
+    """Trained twice with the same budget; accuracy, gradients, and the classifiers as exits."""
+    recipe = system("inception-v1")
+    images = open_images(recipe.data, given.data, seed=given.seed)
+    kept = given.runs / recipe.name / f"epochs{given.epochs}" / f"seed{given.seed}"
+    found: dict[str, MultiExitModel] = {}
+    seconds, norms = {}, {}
+    for name in ("auxiliary", "plain"):
+        out = kept / name
+        out.mkdir(parents=True, exist_ok=True)
+        watched = _Watched(recipe, out / "gradients.jsonl")
+        alone = plain_phases(3, given.epochs) if name == "plain" else None
+        found[name], seconds[name] = trained(
+            watched.recipe(), images, out, given.epochs, given.seed, alone
+        )
+        norms[name] = read_norms(
+            watched.path, given.epochs * (len(images.train[0]) // recipe.batch)
+        )
+    calibration, test = (trace_of(found["auxiliary"], images, p) for p in ("calibration", "test"))
+    full = trace_of(found["plain"], images, "test")
+    before = trace_of(found["plain"], images, "calibration")
+    right = right_of(full)
+    wanted = float(right_of(before).double().mean())
+    front = fronts_of([(calibration, test)], _confidence)
+    measured = curve([(calibration, test)], front)["accuracy"]
+    try:
+        policy = offramp.calibrate(calibration, "confidence", min_accuracy=wanted)
+    except Infeasible:
+        policy = None
+    chosen = None
+    if policy is not None:
+        chosen = judged(test, policy, right)
+        chosen |= timed(found["auxiliary"], found["plain"], policy, images, given.seconds)
+    return {
+        "system": recipe.name,
+        "data": "Tiny-ImageNet, 20 classes, 64×64",
+        "epochs": given.epochs,
+        "seed": given.seed,
+        "training_images": len(images.train[0]),
+        "seconds_of_training": seconds,
+        "places": list(found["auxiliary"].places),
+        "stage_macs": list(found["auxiliary"].costs.stages),
+        "head_macs": list(found["auxiliary"].costs.heads),
+        "samples": test.num_samples,
+        "plain": share(right),
+        "exits": [share(test.logits[k].argmax(1) == test.labels) for k in range(test.num_exits)],
+        "last_less_plain": paired(right_of(test), right),
+        "gradient_norms": norms,
+        "accuracy_at": {str(b): measured[BUDGETS.index(b)] for b in SHOWN},
+        "chosen": chosen,
+    }
+
+
+def _confidence(trace: Trace) -> Criterion:
+    del trace
+    return criterion("confidence")
+
+
+class _Steps:
+    """How many steps were taken."""
+
+    step = 0
+
+
+class _Noting(Norms):
+    def note(self) -> None:
+        super().note()
+        self.loader.step += 1
+
+
+class _Watched:
+    """A recipe whose optimiser notes the gradients of the network that it makes."""
+
+    def __init__(self, recipe: Recipe, path: Path) -> None:
+        self.plain, self.path = recipe, path
+        self.model: MultiExitModel | None = None
+
+    def recipe(self) -> Recipe:
+        """The recipe, watched."""
+        return replace(self.plain, build=self._build, optimizer=self._optimizer)
+
+    def _build(self, classes: int) -> MultiExitModel:
+        self.model = self.plain.build(classes)
+        return self.model
+
+    def _optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        assert self.model is not None
+        return _Noting(self.plain.optimizer, self.model, _Steps(), self.path)(parameters)
