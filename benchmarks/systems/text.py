@@ -8,16 +8,11 @@ are simply shorter, fine-tuned for as long.
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import offramp
@@ -31,15 +26,15 @@ from offramp.run.engines import OnnxRuntime
 from offramp.run.runner import Runner
 from offramp.run.timing import compare
 from offramp.train import Distill, Joint
-from offramp.train.optimizers import adamw
 from offramp.zoo.running import plain_phases
 from offramp.zoo.text import (
     TEXT,
     Sentences,
     TextSystem,
     attach_to_layers,
-    read_tsv,
-    tokenised,
+    fine_tune,
+    open_encoder,
+    open_sentences,
     truncated,
 )
 
@@ -47,9 +42,6 @@ __all__ = ["TextConditions", "measure_text"]
 
 Row = dict[str, Any]
 
-LENGTH = 64  # tokens; the longest sentences have a few more
-RATE = 5e-5
-HEADS_RATE = 1e-3  # of heads, which begin at random and are small
 PARTS = ("train", "dev", "test")
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SINGLE, BATCH, BATCHES = 128, 32, 16
@@ -90,7 +82,7 @@ class TextConditions:
 def measure_text(given: TextConditions) -> Row:
     """All systems, trained, judged and the best of them timed."""
     folder = given.encoder or _installed()
-    data = _data(folder, given)
+    data = open_sentences(given.data / "sst2", folder, given.sentences)
     plain = _trained("plain", folder, data, given)
     full = right_of(_trace(plain, data["test"]))
     wanted = float(right_of(_trace(plain, data["dev"])).double().mean()) - given.drop
@@ -112,7 +104,7 @@ def measure_text(given: TextConditions) -> Row:
         "encoder": "all-MiniLM-L6-v2",
         "data": "SST-2",
         "sentences": {part: len(data[part].ids) for part in PARTS},
-        "tokens": LENGTH,
+        "tokens": data["test"].ids.shape[1],
         "epochs": given.epochs,
         "seed": given.seed,
         "drop_on_dev": given.drop,
@@ -134,32 +126,7 @@ def _installed() -> Path:
     return Path(found.origin).parent / "model"
 
 
-def _data(folder: Path, given: TextConditions) -> dict[str, Sentences]:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    found = {}
-    for part in PARTS:
-        texts, labels = read_tsv(given.data / "sst2" / f"sst2_{part}.tsv")
-        most = given.sentences
-        found[part] = tokenised(
-            tokenizer, texts[:most], labels[:most], length=LENGTH, shuffled=part == "train"
-        )
-    return found
-
-
 # -- training --------------------------------------------------------------------------------------
-
-
-def _encoder(folder: Path, seed: int) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=2, local_files_only=True
-        )
-    return model.eval()
 
 
 def _trained(
@@ -172,57 +139,19 @@ def _trained(
 ) -> MultiExitModel:
     """A system trained once, and kept."""
     out = given.runs / "text" / f"epochs{given.epochs}" / f"seed{given.seed}" / name
-    encoder = _encoder(folder, given.seed)
+    encoder = open_encoder(folder, 2, given.seed)
     if layers < LAYERS:
         encoder = truncated(encoder, layers)
     inputs, _ = next(iter(replace(data["dev"], size=4)))
+    head = "token" if system is None else system.head
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(given.seed)
-        model = (
-            attach_to_layers(encoder, inputs, system.head if system else "token")
-            if layers > 1
-            else _alone(encoder, inputs)
-        )
-    kept = out / "model.safetensors"
-    if kept.is_file():
-        model.load_state_dict(load_file(kept))
-        return model.eval()
+        model = attach_to_layers(encoder, inputs, head) if layers > 1 else _alone(encoder, inputs)
     if system is not None and system.tuned:
         plain = _trained("plain", folder, data, given)
         model.backbone.load_state_dict(plain.backbone.state_dict())
-    plain_only = plain_phases(model.num_exits, given.epochs)
-    begin = time.process_time()
-    offramp.fit(
-        model,
-        data["train"],
-        scheme=plain_only if system is None else system.scheme,
-        epochs=given.epochs,
-        optimizer=partial(_optimizer, set(model.heads.parameters())),
-        precision="bf16-mixed",
-        seed=given.seed,
-        checkpoint=out,
-        progress=False,
-    )
-    part = kept.with_suffix(".part")
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part)
-    os.replace(part, kept)
-    took = round(time.process_time() - begin, 1)
-    (out / "seconds.json").write_text(json.dumps(took), "utf-8")
-    print(f"  {name}: {took} s", flush=True)
-    return model.eval()
-
-
-def _optimizer(heads: set[nn.Parameter], parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, with a learning rate of its own for heads."""
-    made = adamw(parameters, lr=RATE)
-    groups = made.param_groups
-    for group in list(groups):
-        own = [p for p in group["params"] if p in heads]
-        group["params"] = [p for p in group["params"] if p not in heads]
-        if own:
-            groups.append({**group, "params": own, "lr": HEADS_RATE})
-    made.param_groups = [group for group in groups if group["params"]]
-    return made
+    scheme = plain_phases(model.num_exits, given.epochs) if system is None else system.scheme
+    return fine_tune(model, data["train"], out, scheme, given.epochs, seed=given.seed)
 
 
 def _alone(encoder: nn.Module, inputs: dict[str, Tensor]) -> MultiExitModel:

@@ -15,6 +15,7 @@ from offramp.cli.app import main
 from offramp.errors import DataError
 from offramp.zoo.images import Batches, open_images, read_idx, read_tar
 from offramp.zoo.systems import SYSTEMS, system
+from offramp.zoo.text import TEXT
 
 
 def idx(values):
@@ -103,7 +104,7 @@ def test_names_that_are_not_known():
 
 def test_the_command_lists_all(capsys):
     assert run_main(["zoo", "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)) == set(SYSTEMS)
+    assert set(json.loads(capsys.readouterr().out)) == {*SYSTEMS, *TEXT}
 
 
 def test_the_command_trains_and_takes_up_what_it_kept(tmp_path, capsys):

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import offramp
+from offramp.cli import main
 from offramp.decide.policy import replay
 from offramp.errors import DataError, PlaceError
 from offramp.run.artifact import export, load
@@ -19,10 +21,13 @@ from offramp.zoo.text import (
     Sentences,
     attach_to_layers,
     layers_of,
+    open_encoder,
+    open_sentences,
     read_tsv,
     tokenised,
     truncated,
 )
+from offramp.zoo.text.running import HEADS_RATE, _optimizer
 
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "a", "very", "not"]
 LAYERS = 3
@@ -101,7 +106,8 @@ def test_a_batch_with_padding_leaves_as_each_sentence_alone(tmp_path: Path):
         nn.init.normal_(linear.weight)
     batch = [(part, torch.zeros(16, dtype=torch.long))]
     scores = offramp.record(model, batch, progress=False).logits.softmax(2).amax(2)
-    policy = offramp.Policy("confidence", scores[:-1].median(1).values.tolist())
+    ordered = scores[:-1].sort(1).values  # thresholds between two rows, so that no rounding decides
+    policy = offramp.Policy("confidence", ((ordered[:, 7] + ordered[:, 8]) / 2).tolist())
     export(model, policy, part, tmp_path / "made")
     for runner in (Runner(model, policy, part), load(tmp_path / "made")):
         whole = runner(**part)
@@ -139,3 +145,79 @@ def test_files_that_are_not_as_expected(tmp_path: Path, content: str, words: str
         read_tsv(path)
     with pytest.raises(DataError, match="There is no file"):
         read_tsv(tmp_path / "none.tsv")
+
+
+def run_main(words: list[str]) -> Any:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    return ended.value.code
+
+
+def saved(folder: Path) -> Path:
+    """An encoder as transformers saves one, with a tokenizer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    encoder().save_pretrained(folder)
+    vocabulary = {word: k for k, word in enumerate(WORDS)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def written(folder: Path) -> Path:
+    """Sentences to train on, to choose by, to judge by."""
+    folder.mkdir()
+    for seed, part in enumerate(("train", "dev", "test")):
+        drawn = sentences(96, seed)
+        lines = [
+            " ".join(WORDS[k] for k in row if k) + f"\t{label}"
+            for row, label in zip(drawn.ids.tolist(), drawn.labels.tolist(), strict=True)
+        ]
+        (folder / f"films_{part}.tsv").write_text("\n".join(lines), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["deebert", "pabee"])
+def test_a_system_is_run_from_files(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offramp.zoo.text.running.LENGTH", 16)
+    data, network, out = written(tmp_path / "data"), saved(tmp_path / "bert"), tmp_path / "out"
+    words = ["zoo", "run", name, "--data", str(data), "--encoder", str(network), "--out", str(out)]
+    words += ["--epochs", "1", "--max-accuracy-drop", "0.5", "--json"]
+    assert run_main(words) == 0
+    first = capsys.readouterr().out
+    assert (out / "policy.json").is_file()
+    assert (out / "plain" / "model.safetensors").is_file() is TEXT[name].tuned
+    if TEXT[name].tuned:  # the second stage learns heads alone
+        stages = [load_file(p / "model.safetensors") for p in (out / "plain", out)]
+        for key, value in stages[0].items():
+            assert torch.equal(value, stages[1][key]) is key.startswith("backbone."), key
+    assert run_main(words) == 0  # what is done is read
+    assert capsys.readouterr().out == first
+
+
+def test_what_a_text_system_lacks_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(["zoo", "run", "pabee", "--data", str(tmp_path)]) != 0
+    assert "--encoder" in capsys.readouterr().err
+    words = ["zoo", "run", "pabee", "--data", str(tmp_path), "--encoder", str(tmp_path)]
+    assert run_main(words) != 0
+    assert "tokenizer.json" in capsys.readouterr().err
+    assert run_main(["zoo", "run", "pabe", "--data", str(tmp_path)]) != 0
+    assert "pabee" in capsys.readouterr().err
+    network = saved(tmp_path / "bert")
+    with pytest.raises(DataError, match=r"train\.tsv"):
+        open_sentences(tmp_path, network)
+    with pytest.raises(DataError, match="holds no encoder"):
+        open_encoder(tmp_path / "nothing", 2)
+
+
+def test_heads_learn_at_a_rate_of_their_own() -> None:
+    model = attach_to_layers(encoder(), first(sentences(4, 0)))
+    heads = set(model.heads.parameters())
+    made = _optimizer(heads, list(model.parameters()))
+    for group in made.param_groups:
+        assert {p in heads for p in group["params"]} == {group["lr"] == HEADS_RATE}
+    assert sum(len(group["params"]) for group in made.param_groups) == len(list(model.parameters()))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console, Group, RenderableType
 
 from offramp.analyse.table import WIDTH
-from offramp.errors import OfframpError
+from offramp.errors import DataError, OfframpError
 
 __all__ = ["app", "main"]
 
@@ -373,20 +374,24 @@ def zoo(context: typer.Context, as_json: AsJson = False) -> None:
     """List the systems of the literature; `offramp zoo run NAME` trains one."""
     from offramp.cli.catalogue import Catalogue
     from offramp.zoo.systems import SYSTEMS
+    from offramp.zoo.text import TEXT
 
     if context.invoked_subcommand is None:
-        listed = Catalogue(list(SYSTEMS.values()))
+        listed = Catalogue(list(SYSTEMS.values()), list(TEXT.values()))
         _show(listed.to_dict(), listed.render(), as_json)
 
 
 @zoo_app.command("run")
 def zoo_run(
     name: Annotated[str, typer.Argument(help="As `offramp zoo` lists it.")],
-    data: Annotated[Path, typer.Option(help="Folder with the images' files.")],
+    data: Annotated[Path, typer.Option(help="Folder with the images' or sentences' files.")],
+    encoder: Annotated[
+        Path | None, typer.Option(help="Folder of the encoder, for systems that read text.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for what is made; else runs/zoo/NAME.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Instead of the recipe's.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Instead of the system's own.")] = None,
     max_accuracy_drop: Annotated[
         float, typer.Option(help="Accuracy that the thresholds may cost, as a share.")
     ] = 0.0,
@@ -396,12 +401,20 @@ def zoo_run(
     """Train a system, choose its thresholds, judge it; interrupted, the same command goes on."""
     from offramp.zoo.running import run as make
     from offramp.zoo.systems import system
+    from offramp.zoo.text import TEXT, run_text
 
-    recipe = system(name)
     folder = Path("runs/zoo") / name if out is None else out
-    made = make(
-        recipe,
-        data,
+    run: Callable[..., Any]
+    if name not in TEXT:
+        run = partial(make, system(name, also=TEXT), data)
+    elif encoder is None:
+        raise DataError(
+            f"{name!r} reads text and begins with an encoder. Pass the folder that holds its "
+            "config.json, weights and tokenizer.json as --encoder."
+        )
+    else:
+        run = partial(run_text, TEXT[name], data, encoder)
+    made = run(
         folder,
         epochs=epochs,
         seed=seed,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from offramp.errors import DataError, unknown_name
 from offramp.zoo.branchynet import recipes as branchynet
 from offramp.zoo.inception import recipes as inception
@@ -14,12 +16,16 @@ SYSTEMS: dict[str, Recipe] = {
 }
 
 
-def system(name: str) -> Recipe:
+def system(name: str, also: Iterable[str] = ()) -> Recipe:
     """The recipe of that name.
+
+    Args:
+        name: of a system.
+        also: names of what the caller knows besides, for the error.
 
     Raises:
         DataError: there is none.
     """
     if name not in SYSTEMS:
-        raise DataError(unknown_name("system", name, sorted(SYSTEMS)))
+        raise DataError(unknown_name("system", name, sorted([*SYSTEMS, *also])))
     return SYSTEMS[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -117,7 +117,7 @@ def layers_of(encoder: nn.Module) -> list[str]:
 
 
 def attach_to_layers(
-    encoder: nn.Module, example: dict[str, object], head: str = "token"
+    encoder: nn.Module, example: Mapping[str, object], head: str = "token"
 ) -> MultiExitModel:
     """An exit after every layer but the last.
 

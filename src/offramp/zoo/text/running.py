@@ -1,0 +1,237 @@
+"""Fine-tune, calibrate and judge a text encoder with exits; what was done is not done again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from offramp.analyse.report import Report, evaluate
+from offramp.build.model import MultiExitModel
+from offramp.decide.policy import Policy
+from offramp.decide.record import record
+from offramp.decide.trace import Trace
+from offramp.errors import DataError, MissingExtra
+from offramp.train.loop import fit
+from offramp.train.optimizers import adamw
+from offramp.train.phases import Phase
+from offramp.train.schemes import Scheme
+from offramp.zoo.running import plain_phases
+from offramp.zoo.text.sentences import Sentences, read_tsv, tokenised
+from offramp.zoo.text.systems import TextSystem, attach_to_layers
+
+__all__ = ["TextOutcome", "fine_tune", "open_encoder", "open_sentences", "run_text"]
+
+EPOCHS = 3
+RATE = 5e-5
+HEADS_RATE = 1e-3  # of heads, which begin at random and are small
+LENGTH = 64  # tokens
+PARTS = ("train", "dev", "test")
+
+
+@dataclass(frozen=True)
+class TextOutcome:
+    """A fine-tuned encoder with its exits.
+
+    Attributes:
+        model: in evaluation mode.
+        policy: chosen on the development sentences.
+        calibration: trace of these.
+        test: trace of the test sentences.
+        report: what the policy does on the test sentences.
+    """
+
+    model: MultiExitModel
+    policy: Policy
+    calibration: Trace
+    test: Trace
+    report: Report
+
+
+def run_text(
+    system: TextSystem,
+    data: Path,
+    encoder: Path,
+    out: Path,
+    *,
+    epochs: int | None = None,
+    seed: int = 0,
+    max_accuracy_drop: float = 0.0,
+    progress: bool = True,
+) -> TextOutcome:
+    """Fine-tune an encoder with exits, choose its thresholds and judge it.
+
+    Interrupted, the same call goes on; done, it reads what it has kept.
+
+    Args:
+        system: how the exits learn and are left by.
+        data: folder with three files of lines ``sentence<TAB>label``, whose names end in
+            ``train.tsv``, ``dev.tsv`` and ``test.tsv``; or a folder in it.
+        encoder: folder with weights, configuration and ``tokenizer.json``, as transformers saves
+            them.
+        out: folder for checkpoint, weights, and policy.
+        epochs: of every stage; 3 where ``None``.
+        seed: of heads, shuffling, and what is set aside for the rule.
+        max_accuracy_drop: what thresholds may cost on the development sentences, as a share.
+        progress: show a bar on standard error.
+
+    Raises:
+        DataError: files are missing or damaged.
+        MissingExtra: the package transformers is not installed.
+        Infeasible: no thresholds lose so little.
+    """
+    epochs = EPOCHS if epochs is None else epochs
+    parts = open_sentences(data, encoder)
+    network = open_encoder(encoder, int(parts["train"].labels.max()) + 1, seed)
+    inputs, _ = next(iter(replace(parts["dev"], size=4)))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = attach_to_layers(network, inputs, system.head)
+    train = partial(fine_tune, model, parts["train"], seed=seed, progress=progress)
+    if system.tuned:
+        train(out / "plain", plain_phases(model.num_exits, epochs), epochs)
+    train(out, system.scheme, epochs)
+    calibration, test = (
+        record(model, replace(parts[part], size=64), source=f"{data} ({part})", progress=progress)
+        for part in PARTS[1:]
+    )
+    right = torch.as_tensor(calibration.logits[-1].argmax(1) == calibration.labels)
+    accuracy = float(right.double().mean())
+    policy = system.choose(calibration, max(0.0, accuracy - max_accuracy_drop), seed=seed)
+    policy.save(out / "policy.json")
+    return TextOutcome(model, policy, calibration, test, evaluate(test, policy, seed=seed))
+
+
+def open_encoder(folder: Path, classes: int, seed: int = 0) -> nn.Module:
+    """An encoder that classifies, in evaluation mode; its last layer is drawn anew.
+
+    Raises:
+        DataError: the folder holds no encoder that transformers can read.
+        MissingExtra: the package transformers is not installed.
+    """
+    try:
+        from transformers import AutoModelForSequenceClassification
+    except ImportError as error:
+        raise MissingExtra("transformers", "transformers", "A text encoder") from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
+                folder, num_labels=classes, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{folder} holds no encoder: {str(error).splitlines()[0]} Pass the folder that "
+                "save_pretrained wrote: config.json, weights, tokenizer.json."
+            ) from error
+    return model.eval()
+
+
+def open_sentences(data: Path, encoder: Path, most: int | None = None) -> dict[str, Sentences]:
+    """The sentences to train on, to choose thresholds on, and to judge by, of 64 tokens.
+
+    Args:
+        data: as in :func:`run_text`.
+        encoder: the folder whose ``tokenizer.json`` makes tokens.
+        most: of each part, at the most.
+
+    Raises:
+        DataError: a file is missing or damaged.
+        MissingExtra: the package transformers, and tokenizers with it, is not installed.
+    """
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise MissingExtra("tokenizers", "transformers", "A text encoder") from error
+    path = encoder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"There is no {path}. Pass the folder of an encoder that has one.")
+    tokenizer: Any = Tokenizer.from_file(str(path))
+    found = {}
+    for part in PARTS:
+        texts, labels = read_tsv(_file(data, part))
+        found[part] = tokenised(
+            tokenizer, texts[:most], labels[:most], length=LENGTH, shuffled=part == "train"
+        )
+    return found
+
+
+def _file(data: Path, part: str) -> Path:
+    name = f"*{part}.tsv"
+    for path in (*sorted(data.glob(name)), *sorted(data.glob(f"*/{name}"))):
+        return path
+    raise DataError(
+        f"There is no file {name} in {data} or a folder in it. Expected three, ending in "
+        "train.tsv, dev.tsv and test.tsv: lines of a sentence, a tab, a label."
+    )
+
+
+def fine_tune(
+    model: MultiExitModel,
+    sentences: Sentences,
+    out: Path,
+    scheme: Scheme | Sequence[Phase],
+    epochs: int,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+) -> MultiExitModel:
+    """The model, trained, in evaluation mode; read from ``out`` where it is there.
+
+    Args:
+        model: from :func:`attach_to_layers`, say.
+        sentences: to train on.
+        out: folder for the checkpoint and ``model.safetensors``.
+        scheme: as :func:`offramp.fit` takes it.
+        epochs: over the sentences.
+        seed: of shuffling.
+        progress: show a bar on standard error.
+
+    Raises:
+        DataError: the weights in ``out`` are of another network.
+        TrainingError: ``out`` holds the checkpoint of another training.
+    """
+    kept = out / "model.safetensors"
+    if kept.is_file():
+        try:
+            model.load_state_dict(load_file(kept))
+        except RuntimeError as error:
+            raise DataError(f"{kept} is of another network: {error}") from error
+        return model.eval()
+    fit(
+        model,
+        sentences,
+        scheme=scheme,
+        epochs=epochs,
+        optimizer=partial(_optimizer, set(model.heads.parameters())),
+        precision="bf16-mixed",
+        seed=seed,
+        checkpoint=out,
+        progress=progress,
+    )
+    part = kept.with_suffix(".part")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, part)
+    os.replace(part, kept)
+    return model.eval()
+
+
+def _optimizer(heads: set[Parameter], parameters: list[Parameter]) -> Optimizer:
+    """AdamW, with a learning rate of its own for heads."""
+    made = adamw(parameters, lr=RATE)
+    groups = []
+    for group in made.param_groups:
+        own = [p for p in group["params"] if p in heads]
+        rest = [p for p in group["params"] if p not in heads]
+        groups.append({**group, "params": rest})
+        groups.append({**group, "params": own, "lr": HEADS_RATE})
+    made.param_groups = [group for group in groups if group["params"]]
+    return made
