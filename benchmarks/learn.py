@@ -59,6 +59,9 @@ def main() -> None:
     parser.add_argument(
         "--task", action="append", metavar="NAME", help="train these networks alone"
     )
+    parser.add_argument(
+        "--setting", action="append", choices=list(SETTINGS), help="train by these alone"
+    )
     parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -100,7 +103,12 @@ def _runs(given: argparse.Namespace) -> list[Run]:
 
 def _wanted(given: argparse.Namespace) -> list[Run]:
     """Those that this process is to train."""
-    return [run for run in _runs(given) if run.task.name in (given.task or [run.task.name])]
+    return [
+        run
+        for run in _runs(given)
+        if run.task.name in (given.task or [run.task.name])
+        and run.setting.name in (given.setting or [run.setting.name])
+    ]
 
 
 def _train(keep: Keep, given: argparse.Namespace) -> None:

@@ -95,6 +95,69 @@ def _budgets(result: Result) -> str:
     return " ".join(told) or NOT_YET
 
 
+def _inception(result: Result) -> str:
+    row = result["systems"].get("inception-v1")
+    if row is None:
+        return NOT_YET
+    exits = row["exits"]
+    rows = [
+        ["without auxiliary classifiers", "", "", _percent(row["plain"]), ""],
+        [
+            "with, trained with weight 0.3", *(_percent(exit) for exit in exits),
+            _points(row["last_less_plain"]),
+        ],
+    ]  # fmt: skip
+    head = ["trained", "classifier 1, %", "classifier 2, %", "network, %", "less without, points"]
+    at = ", ".join(
+        f"{100 * value:.2f} % at {100 * float(budget):.0f} % of the cost"
+        for budget, value in row["accuracy_at"].items()
+    )
+    took = row["seconds_of_training"]
+    told = (
+        f"{row['data']}: {row['training_images']} images to train on, {row['epochs']} epochs for "
+        f"both (with {took['auxiliary']:.0f} s, without {took['plain']:.0f} s of a processor), "
+        f"seed {row['seed']}; {row['samples']} images to be judged on. The classifiers as exits, by "
+        f"confidence, thresholds from calibration images: {at}. {_inception_chosen(row)}"
+    )
+    return "\n".join([table(head, rows), "", told])
+
+
+def _inception_chosen(row: Row) -> str:
+    chosen = row["chosen"]
+    if chosen is None:
+        return (
+            "No thresholds are as accurate on calibration images as the network trained without "
+            "classifiers."
+        )
+    shares = " / ".join(f"{100 * share:.0f}" for share in chosen["shares"])
+    return (
+        f"As accurate on calibration images as the network trained without them: {shares} % leave "
+        f"at each, {_points(chosen['less_plain'])} points on test images, MACs ratio "
+        f"{chosen['macs_speedup']:.2f}×, measured {chosen['batch_1']['speedup']:.2f}× at batch 1 "
+        f"and {chosen['batch_64']['speedup']:.2f}× at batch 64."
+    )
+
+
+def _gradients(result: Result) -> str:
+    row = result["systems"].get("inception-v1")
+    if row is None:
+        return NOT_YET
+    norms = row["gradient_norms"]
+    rows = [
+        [layer, *(_norm(norms[way][layer][k]) for k in (0, -1) for way in ("plain", "auxiliary"))]
+        for layer in norms["plain"]
+    ]
+    head = [
+        "layer", "first quarter, without", "first quarter, with", "last quarter, without",
+        "last quarter, with",
+    ]  # fmt: skip
+    return table(head, rows)
+
+
+def _norm(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def _text(result: Result) -> str:
     text = result["systems"].get("text")
     if text is None:
@@ -186,6 +249,8 @@ def _points(paired: Row) -> str:
 ZOO_TABLES: dict[str, Callable[[Result], str]] = {
     "zoo.summary": _summary,
     "zoo.branchynet": _branchynet,
+    "zoo.inception": _inception,
+    "zoo.inception_gradients": _gradients,
     "zoo.text": _text,
     "zoo.truncated": _truncated,
     "zoo.text_speed": _text_speed,
