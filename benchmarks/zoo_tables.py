@@ -116,8 +116,8 @@ def _inception(result: Result) -> str:
     told = (
         f"{row['data']}: {row['training_images']} images to train on, {row['epochs']} epochs for "
         f"both (with {took['auxiliary']:.0f} s, without {took['plain']:.0f} s of a processor), "
-        f"seed {row['seed']}; {row['samples']} images to be judged on. The classifiers as exits, by "
-        f"confidence, thresholds from calibration images: {at}. {_inception_chosen(row)}"
+        f"seed {row['seed']}; {row['samples']} images to be judged on. The classifiers as exits, "
+        f"by confidence, thresholds from calibration images: {at}. {_inception_chosen(row)}"
     )
     return "\n".join([table(head, rows), "", told])
 
