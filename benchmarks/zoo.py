@@ -1,10 +1,11 @@
-"""The named systems: BranchyNet's Table I, and early exits in a text encoder.
+"""The named systems: BranchyNet's Table I, early exits in a text encoder, recipes of papers.
 
     python benchmarks/zoo.py --data DIR --json benchmarks/results/zoo.json
 
 Trains what is not yet trained (kept under ``--runs``; interrupted, it goes on), calibrates, tests
 and times. The result is written after every system. ``--only SYSTEM`` does one anew and keeps the
-others. ``--quick``: a sample, in under two minutes. One thread.
+others. ``--quick``: a sample, in under two minutes. One thread. The recipes train nothing: they
+take what runs of ``learn.py`` there are under ``--learnt``.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.learning.runs import Keep
 from benchmarks.systems.branchynet import PAPER, Conditions, measure_branchynet
 from benchmarks.systems.inception import InceptionConditions, measure_inception
+from benchmarks.systems.recipes import measure_recipes
 from benchmarks.systems.text import TextConditions, measure_text
 from benchmarks.traces import FASHION
 from benchmarks.writing import processor, write_result
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "lightning", "numpy", "onnxruntime", "onnx", "transformers")
-SYSTEMS = ("b-lenet", "b-alexnet", "b-resnet110", "inception-v1", "text")
+SYSTEMS = ("b-lenet", "b-alexnet", "b-resnet110", "inception-v1", "text", "recipes")
 # Epochs that two cores can do, the same for the plain network; what may be lost, from the bars.
 EPOCHS = {"b-lenet": 20, "b-alexnet": 10, "b-resnet110": 2, "inception-v1": 15, "text": 3}
 DROP = {"b-resnet110": 0.015}
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--idx", type=Path, default=FASHION, help="folder of MNIST-like files")
     parser.add_argument("--runs", type=Path, default=HERE.parent / "runs" / "zoo")
+    parser.add_argument("--learnt", type=Path, default=HERE.parent / "runs" / "learn")
     parser.add_argument("--json", type=Path, default=HERE / "results" / "zoo.json")
     parser.add_argument("--only", action="append", choices=SYSTEMS, metavar="SYSTEM")
     parser.add_argument("--encoder", type=Path, help="folder of a BERT; else the package's")
@@ -57,7 +61,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # of the exporter, about operators of its own
-    names = given.only or (["b-lenet"] if given.quick else list(EPOCHS))
+    names = given.only or (["b-lenet"] if given.quick else list(SYSTEMS))
     rows = _before(given)
     for name in names:
         print(name, file=sys.stderr, flush=True)
@@ -104,7 +108,11 @@ def _inception(given: argparse.Namespace) -> Row:
     )
 
 
-MEASURES = {"text": _text, "inception-v1": _inception}
+def _recipes(given: argparse.Namespace) -> Row:
+    return measure_recipes(Keep(given.data, given.learnt))
+
+
+MEASURES = {"text": _text, "inception-v1": _inception, "recipes": _recipes}
 
 
 def _before(given: argparse.Namespace) -> dict[str, Row]:

@@ -14,6 +14,7 @@ Row = dict[str, Any]
 
 NOT_YET = "Not measured yet."
 NAMES = {"b-lenet": "B-LeNet", "b-alexnet": "B-AlexNet", "b-resnet110": "B-ResNet-110"}
+COSTS = (0.25, 0.5, 0.75, 1.0)  # of the plain network, at which recipes are compared
 WAYS = {
     "screened": "the paper's screening",
     "calibrated": "`calibrate`, confidence",
@@ -228,6 +229,76 @@ def _text_speed(result: Result) -> str:
     return table(["system", "batch", "plain, ms a sentence", "with exits", "faster"], rows)
 
 
+def _recipes(result: Result) -> str:
+    found = result["systems"].get("recipes")
+    if found is None or not (found["references"] or found["recipes"]):
+        return NOT_YET
+    rows = [
+        [row["title"], f"`{row['run']}`", *_at_costs(row), "", "", ""]
+        for row in found["references"]
+    ]
+    rows += [
+        [row["recipe"], f"`{row['run']}`", *_at_costs(row), row["claim"], *_verdict(row)]
+        for row in found["recipes"]
+    ]
+    head = [
+        "recipe", "exits of the run", *(f"at {100 * cost:.0f} %, %" for cost in COSTS),
+        "the paper's claim", "holds", "met by, points",
+    ]  # fmt: skip
+    parts = [table(head, rows), "", _recipes_conditions(found)]
+    if any("tolerated" in row for row in found["recipes"]):
+        parts += ["", _tolerated(found)]
+    return "\n".join(parts)
+
+
+def _at_costs(row: Row) -> list[str]:
+    return [_percent(row["at"][str(c)]) if str(c) in row["at"] else "" for c in COSTS]
+
+
+def _verdict(row: Row) -> list[str]:
+    verdict = row["verdict"]
+    if verdict is None:
+        return [f"`{row['against']}` is not trained yet", ""]
+    if "points" not in verdict:
+        return ["no such thresholds", ""]
+    told = f"{_points(verdict)} (at {100 * verdict['at']:g} %)"
+    if verdict["holds"]:
+        return ["yes", told]
+    if not verdict.get("cheaper", True):
+        return ["**no**: not cheaper", told]
+    return ["no, within chance" if verdict["interval"][1] >= 0 else "**no**", told]
+
+
+def _recipes_conditions(found: Row) -> str:
+    task = found["task"]
+    said = (
+        f"{task['network']} on {task['data']} with five exits, {task['passes']} passes over the "
+        f"training images, seed {found['seed']}; {found['held']} images that training held out "
+        f"choose thresholds (three tenths of them fit gates and ensembles instead), "
+        f"{found['test']} test images judge. Costs are multiply-accumulates, heads included, as "
+        f"shares of the plain network's. Met by: where it is met by least, or missed by most; in "
+        f"points of accuracy or of risk, with 95 %."
+    )
+    missing = ", ".join(f"`{name}` ({title})" for name, title in found["missing"].items())
+    return f"{said} Not trained yet, and so left out: {missing}." if missing else said
+
+
+def _tolerated(found: Row) -> str:
+    rows = []
+    for row in found["recipes"]:
+        for kept in row.get("tolerated", []):
+            tolerated = [row["recipe"], f"{100 * kept['tolerated']:g}"]
+            if kept["found"]:
+                ends = " to ".join(f"{100 * end:.2f}" for end in kept["interval"])
+                risk = f"{100 * kept['risk']:.2f}; {ends}"
+                rows.append([*tolerated, risk, f"{100 * kept['cost']:.0f}"])
+            else:
+                rows.append([*tolerated, "no such thresholds", ""])
+    told = f"With probability {1 - found['delta']:g} no more than what is tolerated:"
+    head = ["recipe", "tolerated risk, %", "risk on test images, %", "cost, %"]
+    return "\n".join([told, "", table(head, rows)])
+
+
 def _conditions(result: Result) -> str:
     about = result["conditions"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
@@ -254,5 +325,6 @@ ZOO_TABLES: dict[str, Callable[[Result], str]] = {
     "zoo.text": _text,
     "zoo.truncated": _truncated,
     "zoo.text_speed": _text_speed,
+    "zoo.recipes": _recipes,
     "zoo.conditions": _conditions,
 }

@@ -7,7 +7,7 @@ set measures what the other half calibrated.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ __all__ = [
     "TOLERANCE",
     "Folds",
     "as_good_as",
+    "between",
     "curve",
     "figures",
     "folds_of",
@@ -123,8 +124,9 @@ def curve(folds: Folds, fronts: list[Front]) -> Row:
     """
     fitted, measured = [], []
     for (calibration, test), points in zip(folds, fronts, strict=True):
-        fitted.append(_between(points, calibration))
-        measured.append(_between(points, test))
+        policies = [point.policy for point in points]
+        fitted.append(between(policies, calibration))
+        measured.append(between(policies, test))
     chance = np.concatenate(measured, 1)
     own = chance.mean(0)  # of each sample, over the budgets
     error = 1.96 * float(own.std(ddof=1)) / len(own) ** 0.5
@@ -136,22 +138,22 @@ def curve(folds: Folds, fronts: list[Front]) -> Row:
     }
 
 
-def _between(points: Front, trace: Trace) -> Array:
+def between(policies: list[Policy], trace: Trace, budgets: Sequence[float] = BUDGETS) -> Array:
     """The chance that each sample is answered right at each budget: (budgets, samples).
 
-    Between two points of the frontier, thresholds are drawn at random from both, such that the mean
+    Between two policies of a frontier, thresholds are drawn at random from both, such that the mean
     cost is the budget; below the first, it is drawn from it and a guess that costs nothing.
     """
     costs = [0.0]
     rights = [np.full(trace.num_samples, 1 / trace.num_classes)]
-    for point in points:
-        decided = replay(trace, point.policy)
+    for policy in policies:
+        decided = replay(trace, policy)
         costs.append(float(decided.cost.mean()) / trace.full_cost)
         rights.append((decided.prediction == trace.labels).double().numpy())
     order = np.argsort(costs)
     cost, right = np.asarray(costs)[order], np.stack(rights)[order]
     rows = []
-    for budget in BUDGETS:
+    for budget in budgets:
         above = int(np.searchsorted(cost, budget))
         if above == len(cost):
             rows.append(right[-1])
