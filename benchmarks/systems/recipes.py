@@ -167,10 +167,13 @@ def _risk(policy: Policy, test: Trace) -> Row:
     decided = replay(test, policy)
     risk = Risk.named(policy.provenance["promise"]["risk"])
     lost = losses(test, policy.criterion, risk)[1].gather(0, decided.exit[None])[0]
-    worse, better = int((lost > 0).sum()), int((lost < 0).sum())
+    worse, better, images = int((lost > 0).sum()), int((lost < 0).sum()), len(lost)
+    share = risk.low == 0  # of images, not a difference of two shares
     return {
         "risk": float(lost.mean()),
-        "interval": list(paired_difference(worse, better, len(lost))),
+        "interval": list(
+            wilson(worse, images) if share else paired_difference(worse, better, images)
+        ),
         "cost": float(decided.cost.mean()) / test.full_cost,
     }
 
