@@ -273,7 +273,7 @@ class Runner:
             DataError: another structure, dtype or shape than the example; an empty batch; inputs
                 that are not finite.
         """
-        begin = time.perf_counter()
+        begin = 0.0 if deadline_ms is None else time.perf_counter()
         given = self._given(args, kwargs)
         if samples_of(given, self._selector) > self.max_batch:
             return self._in_pieces(given, deadline_ms, begin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ import numpy as np
 from offramp.build.cost import ExitCosts
 
 __all__ = ["Stats", "Tally"]
+
+NOTED = 256  # batches, before they are counted
 
 
 @dataclass(frozen=True)
@@ -50,17 +53,26 @@ class Tally:
         self._from = (0, *(exit + 1 for exit in kept[:-1]))
         self._taken = [0] * len(costs.stages)
         self._missed = 0
+        self._new: deque[tuple[list[int], int]] = deque()  # appending to it needs no lock
 
     def add(self, exits: np.ndarray, missed: int) -> None:
-        """Count a batch: the exit of each sample (B,), and how many missed their deadline."""
-        with self._lock:
+        """Note a batch: the exit of each sample (B,), and how many missed their deadline."""
+        self._new.append((exits.tolist(), missed))
+        if len(self._new) > NOTED:
+            with self._lock:
+                self._count()
+
+    def _count(self) -> None:
+        while self._new:
+            exits, missed = self._new.popleft()
             self._missed += missed
-            for exit in exits.tolist():
+            for exit in exits:
                 self._taken[exit] += 1
 
     def stats(self) -> Stats:
         """The counts so far."""
         with self._lock:
+            self._count()
             taken, missed = tuple(self._taken), self._missed
         samples = sum(taken)
         entered = tuple(sum(taken[exit:]) for exit in self._from)
