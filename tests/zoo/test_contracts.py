@@ -13,6 +13,7 @@ from offramp.decide.policy import replay
 from offramp.decide.trace import Trace
 from offramp.zoo.branchynet import b_alexnet, b_lenet, b_resnet
 from offramp.zoo.inception import inception_v1
+from offramp.zoo.msdnet import msdnet
 from offramp.zoo.shallow_deep import sdn_mobilenet, sdn_resnet, sdn_vgg16, sdn_wide_resnet
 
 SMALL = {
@@ -27,9 +28,11 @@ SMALL = {
         (3, 32, 32),
     ),
     "sdn-mobilenet": (partial(sdn_mobilenet, 4, width=4), (3, 32, 32)),
+    "msdnet": (partial(msdnet, 4, (1, 1, 2), width=4, growth=2), (3, 32, 32)),
 }
 FULL = {
     "b-resnet110": (b_resnet, (3, 32, 32)),
+    "msdnet-full": (msdnet, (3, 32, 32)),
     "inception-v1-full": (partial(inception_v1, 20), (3, 224, 224)),
 }
 
