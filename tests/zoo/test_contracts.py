@@ -13,15 +13,26 @@ from offramp.decide.policy import replay
 from offramp.decide.trace import Trace
 from offramp.zoo.branchynet import b_alexnet, b_lenet, b_resnet
 from offramp.zoo.inception import inception_v1
+from offramp.zoo.msdnet import msdnet
+from offramp.zoo.shallow_deep import sdn_mobilenet, sdn_resnet, sdn_vgg16, sdn_wide_resnet
 
 SMALL = {
     "b-lenet": (b_lenet, (1, 28, 28)),
     "b-alexnet": (b_alexnet, (3, 32, 32)),
     "b-resnet": (partial(b_resnet, 8), (3, 32, 32)),
     "inception-v1": (partial(inception_v1, 4, size=64, width=1 / 16), (3, 64, 64)),
+    "sdn-vgg16": (partial(sdn_vgg16, 4, width=8), (3, 32, 32)),
+    "sdn-resnet": (partial(sdn_resnet, 4, depth=14, width=4), (3, 32, 32)),
+    "sdn-wide-resnet": (
+        partial(sdn_wide_resnet, 4, depth=14, widening=2, width=4),
+        (3, 32, 32),
+    ),
+    "sdn-mobilenet": (partial(sdn_mobilenet, 4, width=4), (3, 32, 32)),
+    "msdnet": (partial(msdnet, 4, (1, 1, 2), width=4, growth=2), (3, 32, 32)),
 }
 FULL = {
     "b-resnet110": (b_resnet, (3, 32, 32)),
+    "msdnet-full": (msdnet, (3, 32, 32)),
     "inception-v1-full": (partial(inception_v1, 20), (3, 224, 224)),
 }
 
@@ -33,7 +44,7 @@ def made(build, shape):
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.kaiming_normal_(module.weight)
     model.eval()
-    x = torch.randn(6, *shape)
+    x = torch.randn(max(6, model.num_exits + 2), *shape)  # some are left at the last exit
     with torch.no_grad():  # untrained heads say the same of every sample: let them differ
         for k, exit in enumerate(model(x).logits[:-1]):
             scale = 4 / exit.std(0).mean()

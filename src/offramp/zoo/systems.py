@@ -7,12 +7,16 @@ from collections.abc import Iterable
 from offramp.errors import DataError, unknown_name
 from offramp.zoo.branchynet import recipes as branchynet
 from offramp.zoo.inception import recipes as inception
+from offramp.zoo.msdnet import recipes as msdnet
 from offramp.zoo.recipe import Recipe
+from offramp.zoo.shallow_deep import recipes as shallow_deep
 
 __all__ = ["SYSTEMS", "system"]
 
 SYSTEMS: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (*branchynet.RECIPES, *inception.RECIPES)
+    recipe.name: recipe
+    for recipes in (branchynet, inception, shallow_deep, msdnet)
+    for recipe in recipes.RECIPES
 }
 
 
