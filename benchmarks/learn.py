@@ -149,13 +149,16 @@ def _places(keep: Keep, given: argparse.Namespace) -> None:
 
 def _best(keep: Keep, given: argparse.Namespace) -> list[tuple[Run, Rows]]:
     """The best run of each network, the first seed of it, and its row."""
-    rows, found = _figures(keep, _runs(given)), []
+    rows, found = _merged(given, keep), []
     for task in {run.task.name: run.task for run in _runs(given)}.values():
         name = summary.best_setting(rows, task.name)
-        if name is not None:
-            run = Run(task, SETTINGS[name], 0)
-            row = next(r for r in rows if _key(r) == (task.name, name, 0))
-            found.append((run, row))
+        if name is None:
+            continue
+        run = Run(task, SETTINGS[name], 0)
+        if run.done(keep):
+            found.append((run, next(r for r in rows if _key(r) == (task.name, name, 0))))
+        else:
+            _say(f"{task.name}: the best run, {name}, is not kept here")
     return found
 
 
@@ -207,59 +210,79 @@ def _figures(keep: Keep, runs: list[Run]) -> list[Rows]:
         if not path.is_file():
             found = figures(run, folds_of(run, keep), folds_of(run.plain, keep))
             write_result(path, found)
-        rows.append(run.about(keep) | json.loads(path.read_text("utf-8")))
+        machine = {"processor": processor(), "versions": _versions()}
+        rows.append(machine | run.about(keep) | json.loads(path.read_text("utf-8")))
     return rows
 
 
 def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
     """What is found, beside what the file has of other sections."""
-    runs = _runs(given)
-    tasks = {run.task.name: _task(run.task) for run in runs}
     rows: Rows = {}
-    trained = _figures(keep, runs)
     if given.json.exists():
         before = json.loads(given.json.read_text("utf-8"))
-        if before["conditions"]["quick"] == given.quick:
-            rows = before["rows"]
-            trained += _elsewhere(before, tasks, {_key(row) for row in trained})
-    order = {(run.task.name, run.setting.name, run.seed): k for k, run in enumerate(runs)}
-    rows |= {"runs": sorted(trained, key=lambda row: order.get(_key(row), len(order)))} | found
+        rows = before["rows"] if before["conditions"]["quick"] == given.quick else {}
+    rows |= {"runs": _merged(given, keep)} | found
     write_result(
         given.json,
         {
             "schema": 1,
             "benchmark": "learn",
             "summary": summary.summarise(rows),
-            "conditions": {
-                "quick": given.quick,
-                "threads": 1,
-                "processor": processor(),
-                "python": platform.python_version(),
-                "versions": {name: version(name) for name in PACKAGES},
-                "batch": BATCH,
-                "precision": PRECISION,
-                "optimizer": "AdamW, weight decay 0.05, cosine in each phase",
-                "sgd": f"Nesterov momentum 0.9, weight decay 5e-4, learning rate {SGD_RATE}",
-                "parts_of_a_pass": PARTS,
-                "held_out": HELD_OUT,
-                "tolerance": TOLERANCE,
-                "picojoules": PICOJOULES,
-                "budgets": list(BUDGETS),
-                "tasks": tasks,
-                "settings": {
-                    s.name: {"title": s.title, "source": s.source} for s in SETTINGS.values()
-                },
-            },
+            "conditions": _conditions(given),
             "rows": rows,
         },
     )
 
 
-def _elsewhere(before: Rows, tasks: Rows, here: set[tuple[str, str, int]]) -> list[Rows]:
-    """What the file has of runs that are not kept on this machine, of the same tasks."""
-    same = {name for name, task in tasks.items() if before["conditions"]["tasks"].get(name) == task}
-    rows: list[Rows] = before["rows"].get("runs", [])
-    return [row for row in rows if row["task"] in same and _key(row) not in here]
+def _conditions(given: argparse.Namespace) -> Rows:
+    return {
+        "quick": given.quick,
+        "threads": 1,
+        "processor": processor(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "batch": BATCH,
+        "precision": PRECISION,
+        "optimizer": "AdamW, weight decay 0.05, cosine in each phase",
+        "sgd": f"Nesterov momentum 0.9, weight decay 5e-4, learning rate {SGD_RATE}",
+        "parts_of_a_pass": PARTS,
+        "held_out": HELD_OUT,
+        "tolerance": TOLERANCE,
+        "picojoules": PICOJOULES,
+        "budgets": list(BUDGETS),
+        "tasks": {run.task.name: _task(run.task) for run in _runs(given)},
+        "settings": {s.name: {"title": s.title, "source": s.source} for s in SETTINGS.values()},
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in PACKAGES}
+
+
+def _merged(given: argparse.Namespace, keep: Keep) -> list[Rows]:
+    """Rows of the runs that are kept here, and those that the file has of others like them."""
+    runs = _runs(given)
+    rows = {_key(row): row for row in _figures(keep, runs)}
+    if given.json.exists():
+        before = json.loads(given.json.read_text("utf-8"))
+        for row in before["rows"].get("runs", []):
+            key = _key(row)
+            if key not in rows and _same(before["conditions"], given, key):
+                machine = {name: before["conditions"][name] for name in ("processor", "versions")}
+                rows[key] = {**machine, **row}
+    order = {(run.task.name, run.setting.name, run.seed): k for k, run in enumerate(runs)}
+    return sorted(rows.values(), key=lambda row: order.get(_key(row), len(order)))
+
+
+def _same(before: Rows, given: argparse.Namespace, key: tuple[str, str, int]) -> bool:
+    """Whether a run of the file was made as it would be made now."""
+    now = _conditions(given)
+    task, setting, _ = key
+    alike = ("quick", "batch", "precision", "optimizer", "sgd", "held_out", "budgets", "tolerance")
+    return all(before[name] == now[name] for name in alike) and all(
+        name in now[kind] and before[kind].get(name) == now[kind][name]
+        for kind, name in (("tasks", task), ("settings", setting))
+    )
 
 
 def _task(task: Any) -> Rows:

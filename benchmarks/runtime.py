@@ -62,8 +62,12 @@ def main() -> None:
     torch.set_num_threads(1)
     begin = time.perf_counter()
     result: dict[str, Any] = {}
+    measured_on: dict[str, str] = {}
     if given.json and given.json.is_file() and given.only:
-        result = json.loads(given.json.read_text("utf-8"))["parts"]
+        before = json.loads(given.json.read_text("utf-8"))
+        result = before["parts"]
+        about = before["conditions"]
+        measured_on = about.get("processors") or dict.fromkeys(result, about["processor"])
     parts = ["stages"] if given.device != "cpu" else given.only or list(_PARTS)
     for name in parts:
         print(f"{name} ...", file=sys.stderr)
@@ -75,7 +79,7 @@ def main() -> None:
         "conditions": {
             "threads": 1,
             "device": given.device,
-            "processor": processor(),
+            "processors": {**measured_on, **dict.fromkeys(parts, processor())},
             "cores": os.cpu_count(),
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},

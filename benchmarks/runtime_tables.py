@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import Any
 
 from benchmarks.markdown import table
@@ -146,9 +146,13 @@ def _earlyon(result: Result) -> str:
 def _conditions(result: Result) -> str:
     given = result["conditions"]
     versions = ", ".join(f"{name} {version}" for name, version in given["versions"].items())
+    machines: dict[str, list[str]] = defaultdict(list)
+    for part, name in given["processors"].items():
+        machines[name].append(part)
+    where = "; ".join(f"{', '.join(parts)} on {name}" for name, parts in machines.items())
     return (
-        f"One thread on a shared machine of {given['cores']} cores; candidates in turn in one "
-        f"run, medians. Python {given['python']}, {versions}."
+        f"One thread on a shared machine of {given['cores']} cores ({where}); candidates in turn "
+        f"in one run, medians. Python {given['python']}, {versions}."
     )
 
 

@@ -165,7 +165,7 @@ def _text(result: Result) -> str:
         return NOT_YET
     rows = [
         [
-            system["system"] if system["paper"] else "the library's own",
+            system["system"] if system["paper"] else f"{system['system']}: the library's own",
             system["summary"],
             *(_budget(system, str(budget)) for budget in (0.4, 0.5, 0.6)),
             *_chosen(system["chosen"]),
@@ -195,8 +195,9 @@ def _text_conditions(text: Row) -> str:
     return (
         f"{text['encoder']} on {text['data']}: {sizes['train']} sentences to train on, "
         f"{sizes['dev']} to choose thresholds on, {sizes['test']} to be judged on, of "
-        f"{text['tokens']} tokens with padding; {text['epochs']} epochs for each, seed "
-        f"{text['seed']}. Without exits, fine-tuned alike: {_percent(text['plain'])} %. Points are "
+        f"{text['tokens']} tokens with padding; {text['epochs']} epochs for each stage, of which "
+        f"those on the fine-tuned encoder have two, seed {text['seed']}. Without exits, fine-tuned "
+        f"alike: {_percent(text['plain'])} %. Points are "
         f"against it, on the same sentences; in brackets 95 %. Chosen: the cheapest that lose at "
         f"most {100 * text['drop_on_dev']:g} points on the development sentences. Cost: "
         f"multiply-accumulates, heads included, as a share of the encoder's."
@@ -263,7 +264,7 @@ def _verdict(row: Row) -> list[str]:
         return ["no such thresholds", ""]
     told = f"{_points(verdict)} (at {100 * verdict['at']:g} %)"
     if verdict["holds"]:
-        return ["yes", told]
+        return ["yes" if verdict["interval"][0] > 0 else "yes, within chance", told]
     if not verdict.get("cheaper", True):
         return ["**no**: not cheaper", told]
     return ["no, within chance" if verdict["interval"][1] >= 0 else "**no**", told]
@@ -273,10 +274,12 @@ def _recipes_conditions(found: Row) -> str:
     task = found["task"]
     said = (
         f"{task['network']} on {task['data']} with five exits, {task['passes']} passes over the "
-        f"training images, seed {found['seed']}; {found['held']} images that training held out "
+        f"training images (on the plain network: as many for heads again), seed {found['seed']}; "
+        f"{found['held']} images that training held out "
         f"choose thresholds (three tenths of them fit gates and ensembles instead), "
         f"{found['test']} test images judge. Costs are multiply-accumulates, heads included, as "
-        f"shares of the plain network's. Met by: where it is met by least, or missed by most; in "
+        f"shares of the plain network's; between two thresholds they are interpolated on the test "
+        f"images. Met by: where it is met by least, or missed by most; in "
         f"points of accuracy or of risk, with 95 %."
     )
     missing = ", ".join(f"`{name}` ({title})" for name, title in found["missing"].items())

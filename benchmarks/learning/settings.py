@@ -38,6 +38,18 @@ class Plain(Scheme):
         return [Phase("backbone", tuple(range(num_exits)), (), (last,), objective=self.objective)]
 
 
+@dataclass(frozen=True)
+class BranchyNet(Scheme):
+    """Joint training with the paper's weights, for any number of exits."""
+
+    summary: ClassVar[str] = "jointly; every branch counts 1, the last exit 0.3"
+
+    def phases(self, num_exits: int) -> list[Phase]:
+        """One phase."""
+        weights = (*(1.0,) * (num_exits - 1), 0.3)
+        return Joint(self.objective, weights=weights).phases(num_exits)
+
+
 def confidence(trace: Trace) -> Criterion:
     """The largest probability."""
     return criterion("confidence")
@@ -102,7 +114,7 @@ SETTINGS = {
         Setting("sdn", "Shallow-Deep Networks: growing weights", Joint(weights="growing"), ANY,
                 source="Kaya et al., 2019"),
         Setting("branchynet", "BranchyNet: early exits count 1, the last 0.3",
-                Joint(weights=(1.0, 1.0, 1.0, 1.0, 0.3)), _own("entropy"),
+                BranchyNet(), _own("entropy"),
                 source="Teerapittayanon et al., 2016"),
         Setting("pabee", "PABEE: linear weights", Joint(weights="linear"), _own("patience"),
                 source="Zhou et al., 2020"),

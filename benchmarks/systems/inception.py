@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,13 @@ def measure_inception(given: InceptionConditions) -> Row:
     for name in ("auxiliary", "plain"):
         out = kept / name
         out.mkdir(parents=True, exist_ok=True)
-        watched = _Watched(recipe, out / "gradients.jsonl")
+        steps = len(images.train[0]) // recipe.batch
+        watched = _Watched(recipe, out / "gradients.jsonl", steps)
         alone = plain_phases(3, given.epochs) if name == "plain" else None
         found[name], seconds[name] = trained(
             watched.recipe(), images, out, given.epochs, given.seed, alone
         )
-        norms[name] = read_norms(
-            watched.path, given.epochs * (len(images.train[0]) // recipe.batch)
-        )
+        norms[name] = read_norms(watched.path, given.epochs * steps)
     calibration, test = (trace_of(found["auxiliary"], images, p) for p in ("calibration", "test"))
     full = trace_of(found["plain"], images, "test")
     before = trace_of(found["plain"], images, "calibration")
@@ -105,9 +105,17 @@ def _confidence(trace: Trace) -> Criterion:
 
 
 class _Steps:
-    """How many steps were taken."""
+    """How many steps were taken; an interrupted training goes on where its last epoch began.
 
-    step = 0
+    Args:
+        path: where norms were noted before.
+        epoch: steps of an epoch.
+    """
+
+    def __init__(self, path: Path, epoch: int) -> None:
+        lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+        last = json.loads(lines[-1])["step"] if lines else 0
+        self.step = last // epoch * epoch
 
 
 class _Noting(Norms):
@@ -119,8 +127,8 @@ class _Noting(Norms):
 class _Watched:
     """A recipe whose optimiser notes the gradients of the network that it makes."""
 
-    def __init__(self, recipe: Recipe, path: Path) -> None:
-        self.plain, self.path = recipe, path
+    def __init__(self, recipe: Recipe, path: Path, epoch: int) -> None:
+        self.plain, self.path, self.epoch = recipe, path, epoch
         self.model: MultiExitModel | None = None
 
     def recipe(self) -> Recipe:
@@ -133,4 +141,5 @@ class _Watched:
 
     def _optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         assert self.model is not None
-        return _Noting(self.plain.optimizer, self.model, _Steps(), self.path)(parameters)
+        steps = _Steps(self.path, self.epoch)
+        return _Noting(self.plain.optimizer, self.model, steps, self.path)(parameters)

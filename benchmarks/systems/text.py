@@ -47,10 +47,21 @@ BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 SINGLE, BATCH, BATCHES = 128, 32, 16
 LAYERS = 6
 
-OURS = TextSystem(
-    "offramp", "", "jointly, distilled from the ensemble of all exits; fitted ensemble",
-    Joint(Distill(teacher="ensemble")), fit_ensemble, head="pool",
-)  # fmt: skip
+OURS = {
+    system.name: system
+    for system in (
+        TextSystem(
+            "offramp", "",
+            "jointly, distilled from the ensemble of all exits, heads on the mean of the tokens; "
+            "fitted ensemble",
+            Joint(Distill(teacher="ensemble")), fit_ensemble, head="pool",
+        ),
+        TextSystem(
+            "offramp-tuned", "", "the same, on the fine-tuned encoder; fitted ensemble",
+            Joint(Distill(teacher="ensemble")), fit_ensemble, tuned=True, head="pool",
+        ),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,21 +95,22 @@ def measure_text(given: TextConditions) -> Row:
     folder = given.encoder or _installed()
     data = open_sentences(given.data / "sst2", folder, given.sentences)
     plain = _trained("plain", folder, data, given)
-    full = right_of(_trace(plain, data["test"]))
-    wanted = float(right_of(_trace(plain, data["dev"])).double().mean()) - given.drop
-    rows, traces = [], {}
-    for system in (*TEXT.values(), OURS):
-        model = _trained(system.name, folder, data, given, system)
-        traces[system.name] = [_trace(model, data[part]) for part in ("dev", "test")]
-        rows.append(_judged(system, *traces[system.name], full, wanted))
+    before, judged = (_trace(plain, data[part]) for part in ("dev", "test"))
+    full = right_of(judged)
+    rows, traces, chosen = [], {}, {}
+    systems = {**TEXT, **OURS}
+    for name, system in systems.items():
+        model = _trained(name, folder, data, given, system)
+        traces[name] = [_trace(model, data[part]) for part in ("dev", "test")]
+        chosen[name] = _chosen(system, traces[name][0], before, given.drop)
+        rows.append(_judged(system, *traces[name], full, chosen[name]))
     best = _best(rows)
     shorter = [_shorter(k, folder, data, given, full) for k in range(1, LAYERS)]
     timed = []
-    for name in dict.fromkeys((best, "offramp")):
-        system = {**TEXT, OURS.name: OURS}[name]
-        model = _trained(name, folder, data, given, system)
-        policy = _chosen(system, traces[name][0], wanted)
+    for name in dict.fromkeys((best, *OURS)):
+        policy = chosen[name]
         if policy is not None:
+            model = _trained(name, folder, data, given, systems[name])
             timed.append({"system": name, **_timed(model, plain, policy, data["test"], given)})
     return {
         "encoder": "all-MiniLM-L6-v2",
@@ -177,7 +189,9 @@ def _trace(model: MultiExitModel, part: Sentences) -> Trace:
     return offramp.record(model, batches, source="sst2", progress=False)
 
 
-def _judged(system: TextSystem, dev: Trace, test: Trace, full: Tensor, wanted: float) -> Row:
+def _judged(
+    system: TextSystem, dev: Trace, test: Trace, full: Tensor, policy: Policy | None
+) -> Row:
     """Accuracy at budgets, and what the chosen thresholds do."""
     fitting, rest = dev.split(0.3, seed=0)
     rule = system.rule(fitting)
@@ -199,7 +213,6 @@ def _judged(system: TextSystem, dev: Trace, test: Trace, full: Tensor, wanted: f
         "at": at,
         "chosen": None,
     }
-    policy = _chosen(system, dev, wanted)
     if policy is not None:
         decided = replay(test, policy)
         right = decided.prediction == test.labels
@@ -215,9 +228,9 @@ def _judged(system: TextSystem, dev: Trace, test: Trace, full: Tensor, wanted: f
     return row
 
 
-def _chosen(system: TextSystem, dev: Trace, wanted: float) -> Policy | None:
+def _chosen(system: TextSystem, dev: Trace, before: Trace, drop: float) -> Policy | None:
     try:
-        return system.choose(dev, wanted)
+        return system.choose(dev, drop, than=before)
     except Infeasible:
         return None
 

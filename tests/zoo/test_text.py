@@ -28,6 +28,7 @@ from offramp.zoo.text import (
     truncated,
 )
 from offramp.zoo.text.running import HEADS_RATE, _optimizer
+from tests.traces import make_trace
 
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "a", "very", "not"]
 LAYERS = 3
@@ -89,7 +90,7 @@ def test_a_system_learns_chooses_and_runs(name: str):
     model = attach_to_layers(encoder(), first(held))
     offramp.fit(model, train, scheme=system.scheme, epochs=1, lr=1e-3, progress=False)
     trace = offramp.record(model, held, progress=False)
-    policy = system.choose(trace, accuracy=0.3)
+    policy = system.choose(trace, 0.2)
     part = first(sentences(16, 3))
     result = Runner(model, policy, part)(**part)
     batch = [(part, torch.zeros(16, dtype=torch.long))]
@@ -177,7 +178,7 @@ def written(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", ["deebert", "pabee"])
+@pytest.mark.parametrize("name", ["deebert", "pabee", "berxit"])
 def test_a_system_is_run_from_files(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,13 +189,29 @@ def test_a_system_is_run_from_files(
     assert run_main(words) == 0
     first = capsys.readouterr().out
     assert (out / "policy.json").is_file()
-    assert (out / "plain" / "model.safetensors").is_file() is TEXT[name].tuned
+    assert (out / "plain" / "training.safetensors").is_file() is TEXT[name].tuned
     if TEXT[name].tuned:  # the second stage learns heads alone
-        stages = [load_file(p / "model.safetensors") for p in (out / "plain", out)]
-        for key, value in stages[0].items():
-            assert torch.equal(value, stages[1][key]) is key.startswith("backbone."), key
+        first_stage, second = (load_file(p / "training.safetensors") for p in (out / "plain", out))
+        for key, value in first_stage.items():
+            if key.startswith("model/"):
+                assert torch.equal(value, second[key]) is key.startswith("model/backbone."), key
     assert run_main(words) == 0  # what is done is read
     assert capsys.readouterr().out == first
+    other = "elasticbert" if name == "pabee" else "pabee"
+    words[2] = other  # another training in the same folder
+    assert run_main(words) != 0
+    assert "training" in capsys.readouterr().err
+
+
+def test_what_is_lost_is_measured_on_the_samples_that_choose() -> None:
+    """Also where a part of them is set aside for the rule."""
+    trace = make_trace(classes=2)
+    for name in ("berxit", "elasticbert"):
+        policy = TEXT[name].choose(trace, 0.0)
+        rest = trace.split(0.3)[1] if name == "berxit" else trace
+        full = (rest.logits[-1].argmax(1) == rest.labels).double().mean()
+        decided = replay(rest, policy)
+        assert (decided.prediction == rest.labels).double().mean() >= full - 1e-12
 
 
 def test_what_a_text_system_lacks_is_named(

@@ -13,7 +13,7 @@ __all__ = ["bring_into_form"]
 
 _ATEN = torch.ops.aten
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_Masks = dict[fx.Node, tuple[fx.Node, fx.Node]]
+_Masks = dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node]]
 RANK = 4  # (N, heads, L, D): the one that attention is exported in
 
 
@@ -78,12 +78,14 @@ def _write_out(graph: fx.Graph, node: fx.Node, masks: _Masks) -> None:
         scale = 1 / math.sqrt(_tensor(query).shape[-1])
     with graph.inserting_before(node):
         turned = _call(graph, _ATEN.transpose.int, keys, -2, -1)
+        # First: products of half precision may be too large.
+        query = _call(graph, _ATEN.mul.Tensor, query, scale)
         scores = _call(graph, _ATEN.matmul.default, query, turned)
-        scores = _call(graph, _ATEN.mul.Tensor, scores, scale)
         if mask is not None:
-            if mask not in masks:
-                masks[mask] = _added(graph, mask, _tensor(values).dtype)
-            added, seen = masks[mask]
+            dtype = _tensor(values).dtype
+            if (mask, dtype) not in masks:
+                masks[mask, dtype] = _added(graph, mask, dtype)
+            added, seen = masks[mask, dtype]
             scores = _call(graph, _ATEN.add.Tensor, scores, added)
         shares = _call(graph, _ATEN.softmax.int, scores, -1)
         result = _call(graph, _ATEN.matmul.default, shares, values)
@@ -102,9 +104,10 @@ def _added(graph: fx.Graph, mask: fx.Node, dtype: torch.dtype) -> tuple[fx.Node,
         seen = _call(graph, _ATEN.any.dim, mask, -1, True)
         mask = _call(graph, _ATEN.where.Scalar, mask, 0.0, -math.inf)
     else:
-        largest = _call(graph, _ATEN.amax.default, mask, [-1], True)
-        seen = _call(graph, _ATEN.ne.Scalar, largest, -math.inf)
+        open_ = _call(graph, _ATEN.ne.Scalar, mask, -math.inf)
+        seen = _call(graph, _ATEN.any.dim, open_, -1, True)
     added = _call(graph, _ATEN.where.ScalarOther, seen, mask, 0.0)
+    added = _call(graph, _ATEN.to.dtype, added, dtype)
     return added, _call(graph, _ATEN.to.dtype, seen, dtype)
 
 

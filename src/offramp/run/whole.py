@@ -52,7 +52,9 @@ class Whole:
             return self._single(logits, scores, summed)
         answer = self._together(logits, scores)
         # Sums are quick; where large values overflow them, all are looked at.
-        answer.finite = math.isfinite(summed) and math.isfinite(answer.logits.sum())
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = answer.logits.sum()
+        answer.finite = math.isfinite(summed) and math.isfinite(total)
         return answer
 
     def _single(

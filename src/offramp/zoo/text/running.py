@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -78,7 +76,7 @@ def run_text(
             ``train.tsv``, ``dev.tsv`` and ``test.tsv``; or a folder in it.
         encoder: folder with weights, configuration and ``tokenizer.json``, as transformers saves
             them.
-        out: folder for checkpoint, weights, and policy.
+        out: folder for checkpoint and policy.
         epochs: of every stage; 3 where ``None``.
         seed: of heads, shuffling, and what is set aside for the rule.
         max_accuracy_drop: what thresholds may cost on the development sentences, as a share.
@@ -86,6 +84,7 @@ def run_text(
 
     Raises:
         DataError: files are missing or damaged.
+        TrainingError: ``out`` holds another training.
         MissingExtra: the package transformers is not installed.
         Infeasible: no thresholds lose so little.
     """
@@ -104,9 +103,7 @@ def run_text(
         record(model, replace(parts[part], size=64), source=f"{data} ({part})", progress=progress)
         for part in PARTS[1:]
     )
-    right = torch.as_tensor(calibration.logits[-1].argmax(1) == calibration.labels)
-    accuracy = float(right.double().mean())
-    policy = system.choose(calibration, max(0.0, accuracy - max_accuracy_drop), seed=seed)
+    policy = system.choose(calibration, max_accuracy_drop, seed=seed)
     policy.save(out / "policy.json")
     return TextOutcome(model, policy, calibration, test, evaluate(test, policy, seed=seed))
 
@@ -157,21 +154,25 @@ def open_sentences(data: Path, encoder: Path, most: int | None = None) -> dict[s
         raise DataError(f"There is no {path}. Pass the folder of an encoder that has one.")
     tokenizer: Any = Tokenizer.from_file(str(path))
     found = {}
-    for part in PARTS:
-        texts, labels = read_tsv(_file(data, part))
+    for part, path in _files(data).items():
+        texts, labels = read_tsv(path)
         found[part] = tokenised(
             tokenizer, texts[:most], labels[:most], length=LENGTH, shuffled=part == "train"
         )
     return found
 
 
-def _file(data: Path, part: str) -> Path:
-    name = f"*{part}.tsv"
-    for path in (*sorted(data.glob(name)), *sorted(data.glob(f"*/{name}"))):
-        return path
+def _files(data: Path) -> dict[str, Path]:
+    """Three files beside each other, called alike but for the part."""
+    for pattern in ("*train.tsv", "*/*train.tsv"):
+        for first in sorted(data.glob(pattern)):
+            stem = first.name.removesuffix("train.tsv")
+            found = {part: first.with_name(f"{stem}{part}.tsv") for part in PARTS}
+            if all(path.is_file() for path in found.values()):
+                return found
     raise DataError(
-        f"There is no file {name} in {data} or a folder in it. Expected three, ending in "
-        "train.tsv, dev.tsv and test.tsv: lines of a sentence, a tab, a label."
+        f"There are no three files of one name that ends in train.tsv, dev.tsv and test.tsv in "
+        f"{data} or a folder in it. Expected lines of a sentence, a tab, a label."
     )
 
 
@@ -190,23 +191,15 @@ def fine_tune(
     Args:
         model: from :func:`attach_to_layers`, say.
         sentences: to train on.
-        out: folder for the checkpoint and ``model.safetensors``.
+        out: folder for the checkpoint.
         scheme: as :func:`offramp.fit` takes it.
         epochs: over the sentences.
         seed: of shuffling.
         progress: show a bar on standard error.
 
     Raises:
-        DataError: the weights in ``out`` are of another network.
         TrainingError: ``out`` holds the checkpoint of another training.
     """
-    kept = out / "model.safetensors"
-    if kept.is_file():
-        try:
-            model.load_state_dict(load_file(kept))
-        except RuntimeError as error:
-            raise DataError(f"{kept} is of another network: {error}") from error
-        return model.eval()
     fit(
         model,
         sentences,
@@ -218,9 +211,6 @@ def fine_tune(
         checkpoint=out,
         progress=progress,
     )
-    part = kept.with_suffix(".part")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, part)
-    os.replace(part, kept)
     return model.eval()
 
 

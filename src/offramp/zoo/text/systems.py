@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from offramp.build.model import MultiExitModel, attach
@@ -45,20 +46,29 @@ class TextSystem:
     tuned: bool = False
     head: str = "token"
 
-    def choose(self, trace: Trace, accuracy: float, seed: int = 0) -> Policy:
-        """The cheapest thresholds that are as accurate as wanted.
+    def choose(
+        self, trace: Trace, max_accuracy_drop: float, *, than: Trace | None = None, seed: int = 0
+    ) -> Policy:
+        """The cheapest thresholds that lose so little, on the samples that choose them.
 
         Args:
             trace: of calibration samples.
-            accuracy: that of the encoder without exits, say, as a share.
+            max_accuracy_drop: as a share.
+            than: what the network to compare with says of the same samples, in the same order; the
+                last exit itself where ``None``.
             seed: of what is set aside for the rule.
 
         Raises:
             Infeasible: there are none.
         """
+        full = trace if than is None else than
         fitting, rest = trace.split(GATES, seed=seed)
         rule = self.rule(fitting)
-        return calibrate(rest if rule.fitted_on else trace, rule, min_accuracy=accuracy)
+        if rule.fitted_on:
+            trace, full = rest, full.split(GATES, seed=seed)[1]
+        right = torch.as_tensor(full.logits[-1].argmax(1) == full.labels)
+        wanted = float(right.double().mean()) - max_accuracy_drop
+        return calibrate(trace, rule, min_accuracy=max(0.0, wanted))
 
 
 def _named(name: str) -> Callable[[Trace], Criterion]:
