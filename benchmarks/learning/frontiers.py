@@ -75,6 +75,12 @@ def figures(run: Run, folds: Folds, plain: Folds) -> Row:
         return found
     fronts = {name: fronts_of(folds, make) for name, make in run.setting.rules.items()}
     rules = {name: curve(folds, points) for name, points in fronts.items()}
+    wanted = float(
+        torch.cat([_right(c.logits[-1:].argmax(2), c)[0] for c, _ in plain]).double().mean()
+    )
+    for found_by in rules.values():
+        known = found_by.pop("calibration_accuracy")
+        found_by["calibration_cost"] = reaches(known, wanted)
     best = max(rules, key=lambda name: rules[name]["calibration_area"])
     found["rule"] = best
     found["rules"] = rules
@@ -116,7 +122,7 @@ def reaches(curve: list[float], wanted: float) -> float | None:
 
 
 def curve(folds: Folds, fronts: list[Front]) -> Row:
-    """Accuracy over budgets, on test samples; and its mean on the calibration samples.
+    """Accuracy over budgets, on test samples and on calibration samples; and its mean.
 
     Args:
         folds: samples that thresholds were chosen on, and others.
@@ -135,6 +141,7 @@ def curve(folds: Folds, fronts: list[Front]) -> Row:
         "area": float(own.mean()),
         "area_interval": [float(own.mean()) - error, float(own.mean()) + error],
         "calibration_area": float(np.concatenate(fitted, 1).mean()),
+        "calibration_accuracy": np.concatenate(fitted, 1).mean(1).tolist(),
     }
 
 

@@ -43,6 +43,7 @@ def compare_places(folds: Folds) -> list[Row]:
 def _figures(folds: Folds, places: Places) -> Row:
     kept = [(cal.keep_exits(places), test.keep_exits(places)) for cal, test in folds]
     found: Row = curve(kept, fronts_of(kept, confidence))
+    del found["calibration_accuracy"]
     return found
 
 

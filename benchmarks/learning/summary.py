@@ -25,17 +25,22 @@ NETWORKS = {
 
 
 def best_setting(runs: list[Row], task: str) -> str | None:
-    """The setting of the largest area on calibration samples, mean over its seeds.
+    """The setting that has the plain network's accuracy at the least cost, on calibration samples.
 
+    Mean over its seeds; where none has it, or several at the same cost, the largest area decides.
     Only settings with as many seeds as any other count. Test samples have no say in it.
     """
-    areas: dict[str, list[float]] = defaultdict(list)
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in runs:
         if row["task"] == task and row["setting"] != PLAIN:
-            areas[row["setting"]].append(row["rules"][row["rule"]]["calibration_area"])
-    most = max(map(len, areas.values()), default=0)
-    full = {name: float(np.mean(found)) for name, found in areas.items() if len(found) == most}
-    return max(full, key=lambda name: full[name]) if full else None
+            rule = row["rules"][row["rule"]]
+            cost = rule.get("calibration_cost")
+            found[row["setting"]].append(
+                (float("inf") if cost is None else cost, -rule["calibration_area"])
+            )
+    most = max(map(len, found.values()), default=0)
+    means = {name: tuple(np.mean(v, 0)) for name, v in found.items() if len(v) == most}
+    return min(means, key=lambda name: means[name]) if means else None
 
 
 def least_cost(row: Row) -> float | None:
