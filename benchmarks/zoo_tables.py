@@ -212,7 +212,11 @@ def _truncated(result: Result) -> str:
         [str(r["layers"]), _percent(r["accuracy"]), _points(r["less_plain"])]
         for r in text["truncated"]
     ]
-    return table(["layers", "accuracy, %", "less plain, points"], rows)
+    told = table(["layers", "accuracy, %", "less plain, points"], rows)
+    plain = _percent(text["truncated"][0].get("plain", text["plain"]))
+    if plain != _percent(text["plain"]):
+        told += f"\n\nOf an earlier run on another machine, whose plain encoder had {plain} %."
+    return told
 
 
 def _text_speed(result: Result) -> str:

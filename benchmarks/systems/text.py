@@ -38,7 +38,7 @@ from offramp.zoo.text import (
     truncated,
 )
 
-__all__ = ["TextConditions", "measure_text"]
+__all__ = ["TextConditions", "kept", "measure_text"]
 
 Row = dict[str, Any]
 
@@ -78,6 +78,7 @@ class TextConditions:
         seconds: of timing, for each policy and batch size.
         sentences: to train on, at the most.
         drop: of accuracy that thresholds may lose on the development sentences.
+        shorter: what an earlier run says of shorter encoders, where these are not kept here.
     """
 
     data: Path
@@ -88,6 +89,7 @@ class TextConditions:
     seconds: float = 20.0
     sentences: int | None = None
     drop: float = 0.0025
+    shorter: list[Row] | None = None
 
 
 def measure_text(given: TextConditions) -> Row:
@@ -105,7 +107,7 @@ def measure_text(given: TextConditions) -> Row:
         chosen[name] = _chosen(system, traces[name][0], before, given.drop)
         rows.append(_judged(system, *traces[name], full, chosen[name]))
     best = _best(rows)
-    shorter = [_shorter(k, folder, data, given, full) for k in range(1, LAYERS)]
+    shorter = given.shorter or [_shorter(k, folder, data, given, full) for k in range(1, LAYERS)]
     timed = []
     for name in dict.fromkeys((best, *OURS)):
         policy = chosen[name]
@@ -141,6 +143,11 @@ def _installed() -> Path:
 # -- training --------------------------------------------------------------------------------------
 
 
+def kept(given: TextConditions) -> Path:
+    """The folder of the trainings."""
+    return given.runs / "text" / f"epochs{given.epochs}" / f"seed{given.seed}"
+
+
 def _trained(
     name: str,
     folder: Path,
@@ -150,7 +157,7 @@ def _trained(
     layers: int = LAYERS,
 ) -> MultiExitModel:
     """A system trained once, and kept."""
-    out = given.runs / "text" / f"epochs{given.epochs}" / f"seed{given.seed}" / name
+    out = kept(given) / name
     encoder = open_encoder(folder, 2, given.seed)
     if layers < LAYERS:
         encoder = truncated(encoder, layers)
@@ -178,7 +185,12 @@ def _shorter(
     """An encoder of fewer layers, fine-tuned for as long: what need not be decided at all."""
     model = _trained(f"layers{layers}", folder, data, given, layers=layers)
     right = right_of(_trace(model, data["test"]))
-    return {"layers": layers, "accuracy": share(right), "less_plain": paired(right, full)}
+    return {
+        "layers": layers,
+        "accuracy": share(right),
+        "less_plain": paired(right, full),
+        "plain": share(full),
+    }
 
 
 # -- judging ---------------------------------------------------------------------------------------
