@@ -88,7 +88,7 @@ class TextConditions:
     seed: int = 0
     seconds: float = 20.0
     sentences: int | None = None
-    drop: float = 0.0025
+    drop: float = 0.005
     shorter: list[Row] | None = None
 
 
