@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -178,7 +179,11 @@ def judged(test: Trace, policy: Policy, plain: Tensor) -> Row:
     shares = torch.bincount(decided.exit, minlength=test.num_exits) / test.num_samples
     cost = float(decided.cost.mean()) / test.full_cost
     return {
-        "thresholds": list(policy.thresholds_for(test.num_exits)),
+        # None: the exit is switched off.
+        "thresholds": [
+            limit if math.isfinite(limit) else None
+            for limit in policy.thresholds_for(test.num_exits)
+        ],
         "criterion": policy.criterion.name,
         "accuracy": share(answered),
         "less_plain": paired(answered, plain),
