@@ -66,7 +66,8 @@ def main() -> None:
     rows = _before(given)
     for name in names:
         print(name, file=sys.stderr, flush=True)
-        rows[name] = MEASURES.get(name, partial(_branchynet, name))(given)
+        found = MEASURES.get(name, partial(_branchynet, name))(given)
+        rows[name] = found | {"processor": processor()}
         if not given.train:
             _write(rows, given)
     print(json.dumps(summarise(rows), indent=1))
@@ -161,7 +162,6 @@ def _write(rows: dict[str, Row], given: argparse.Namespace) -> None:
         "conditions": {
             "quick": given.quick,
             "threads": 1,
-            "processor": processor(),
             "python": platform.python_version(),
             "versions": {name: version(name) for name in PACKAGES},
             "paper": {"branchynet": PAPER},

@@ -309,8 +309,12 @@ def _tolerated(found: Row) -> str:
 def _conditions(result: Result) -> str:
     about = result["conditions"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    machines: dict[str, list[str]] = {}
+    for name, row in result["systems"].items():
+        machines.setdefault(row["processor"], []).append(name)
+    where = "; ".join(f"{', '.join(names)} on {machine}" for machine, names in machines.items())
     return (
-        f"{about['processor']}, {about['threads']} thread, Python {about['python']}, {versions}. "
+        f"{about['threads']} thread ({where}), Python {about['python']}, {versions}. "
         "Times are medians, taken in turn in one run on ONNX Runtime."
     )
 
