@@ -287,9 +287,10 @@ def _conditions(result: Result) -> str:
         )  # fmt: skip
     head = ["network, data", "parameters at the start", "passes", "learning rate",
             "thresholds chosen on", "seeds, at the most"]  # fmt: skip
+    machines = " or ".join(dict.fromkeys(run["processor"] for run in result["rows"]["runs"]))
     return (
         f"{table(head, rows)}\n\n{given['optimizer']} (by SGD: {given['sgd']}); batches "
-        f"of {given['batch']}, {given['precision']}, one thread of a {given['processor']}. "
+        f"of {given['batch']}, {given['precision']}, one thread of an {machines}. "
         f"Python {given['python']}, {versions}."
     )
 
