@@ -48,6 +48,7 @@ def test_idx_is_read_plain_and_compressed(tmp_path):
         (idx(np.zeros((2, 3)))[:-1], r"announces \[2, 3\] and holds 5 bytes, not 6"),
         (gzip.compress(idx([1, 2, 3]))[:-9], "cannot be decompressed"),
     ],
+    ids=["foreign", "short", "cut off"],  # compressed bytes have the time in them
 )
 def test_a_damaged_file_is_named(tmp_path, raw, text):
     (tmp_path / "x").write_bytes(raw)
