@@ -24,7 +24,7 @@ def bring_into_form(program: ExportedProgram) -> None:
     that are a batch to it, such as ``(B, windows, heads, L, D)``, has the first ones folded. What
     cannot be folded, since its mask is shared along one of them, stays for the exporter to refuse.
     Attention is then written out as two products and a softmax: the exporter's own form works out
-    the shape of the keys in nine kernels a layer.
+    the shape of the keys in kernels of its own, layer by layer.
 
     The largest softmax probability, spelt as eager torch is quickest with, becomes a softmax and
     its maximum: two kernels of an engine instead of five.
