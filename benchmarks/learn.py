@@ -265,18 +265,18 @@ def _merged(given: argparse.Namespace, keep: Keep) -> list[Rows]:
     rows = {_key(row): row for row in _figures(keep, runs)}
     if given.json.exists():
         before = json.loads(given.json.read_text("utf-8"))
+        now = _conditions(given)
         for row in before["rows"].get("runs", []):
             key = _key(row)
-            if key not in rows and _same(before["conditions"], given, key):
+            if key not in rows and _same(before["conditions"], now, key):
                 machine = {name: before["conditions"][name] for name in ("processor", "versions")}
                 rows[key] = {**machine, **row}
     order = {(run.task.name, run.setting.name, run.seed): k for k, run in enumerate(runs)}
     return sorted(rows.values(), key=lambda row: order.get(_key(row), len(order)))
 
 
-def _same(before: Rows, given: argparse.Namespace, key: tuple[str, str, int]) -> bool:
+def _same(before: Rows, now: Rows, key: tuple[str, str, int]) -> bool:
     """Whether a run of the file was made as it would be made now."""
-    now = _conditions(given)
     task, setting, _ = key
     alike = ("quick", "batch", "precision", "optimizer", "sgd", "held_out", "budgets", "tolerance")
     return all(before[name] == now[name] for name in alike) and all(

@@ -34,7 +34,6 @@ class Outcome:
 
     Attributes:
         model: in evaluation mode.
-        images: what it was trained, calibrated and tested on.
         policy: chosen on the calibration samples.
         calibration: trace of these.
         test: trace of the test samples.
@@ -42,7 +41,6 @@ class Outcome:
     """
 
     model: MultiExitModel
-    images: Images
     policy: Policy
     calibration: Trace
     test: Trace
@@ -87,7 +85,7 @@ def run(
     policy = recipe.choose(traces[0], max_accuracy_drop)
     policy.save(out / "policy.json")
     report = evaluate(traces[1], policy, seed=seed)
-    return Outcome(model, images, policy, traces[0], traces[1], report)
+    return Outcome(model, policy, traces[0], traces[1], report)
 
 
 def train(

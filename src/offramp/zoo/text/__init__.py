@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from offramp.zoo.text.running import (
-    TextOutcome,
     fine_tune,
     open_encoder,
     open_sentences,
@@ -15,7 +14,6 @@ from offramp.zoo.text.systems import TEXT, TextSystem, attach_to_layers, layers_
 __all__ = [
     "TEXT",
     "Sentences",
-    "TextOutcome",
     "TextSystem",
     "attach_to_layers",
     "fine_tune",

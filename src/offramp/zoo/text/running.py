@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,46 +13,25 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from offramp.analyse.report import Report, evaluate
+from offramp.analyse.report import evaluate
 from offramp.build.model import MultiExitModel
-from offramp.decide.policy import Policy
 from offramp.decide.record import record
-from offramp.decide.trace import Trace
 from offramp.errors import DataError, MissingExtra
 from offramp.train.loop import fit
 from offramp.train.optimizers import adamw
 from offramp.train.phases import Phase
 from offramp.train.schemes import Scheme
-from offramp.zoo.running import plain_phases
+from offramp.zoo.running import Outcome, plain_phases
 from offramp.zoo.text.sentences import Sentences, read_tsv, tokenised
 from offramp.zoo.text.systems import TextSystem, attach_to_layers
 
-__all__ = ["TextOutcome", "fine_tune", "open_encoder", "open_sentences", "run_text"]
+__all__ = ["fine_tune", "open_encoder", "open_sentences", "run_text"]
 
 EPOCHS = 3
 RATE = 5e-5
 HEADS_RATE = 1e-3  # of heads, which begin at random and are small
 LENGTH = 64  # tokens
 PARTS = ("train", "dev", "test")
-
-
-@dataclass(frozen=True)
-class TextOutcome:
-    """A fine-tuned encoder with its exits.
-
-    Attributes:
-        model: in evaluation mode.
-        policy: chosen on the development sentences.
-        calibration: trace of these.
-        test: trace of the test sentences.
-        report: what the policy does on the test sentences.
-    """
-
-    model: MultiExitModel
-    policy: Policy
-    calibration: Trace
-    test: Trace
-    report: Report
 
 
 def run_text(
@@ -65,7 +44,7 @@ def run_text(
     seed: int = 0,
     max_accuracy_drop: float = 0.0,
     progress: bool = True,
-) -> TextOutcome:
+) -> Outcome:
     """Fine-tune an encoder with exits, choose its thresholds and judge it.
 
     Interrupted, the same call goes on; done, it reads what it has kept.
@@ -105,7 +84,7 @@ def run_text(
     )
     policy = system.choose(calibration, max_accuracy_drop, seed=seed)
     policy.save(out / "policy.json")
-    return TextOutcome(model, policy, calibration, test, evaluate(test, policy, seed=seed))
+    return Outcome(model, policy, calibration, test, evaluate(test, policy, seed=seed))
 
 
 def open_encoder(folder: Path, classes: int, seed: int = 0) -> nn.Module:
