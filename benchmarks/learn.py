@@ -21,7 +21,6 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,15 @@ from benchmarks.learning import summary
 from benchmarks.learning.energy import PICOJOULES, estimate, readable
 from benchmarks.learning.frontiers import BUDGETS, TOLERANCE, figures, folds_of
 from benchmarks.learning.places import compare_places
-from benchmarks.learning.runs import PRECISION, SGD_RATE, Keep, Run, model_of, train
-from benchmarks.learning.settings import PROMISING, SETTINGS
+from benchmarks.learning.runs import PACKAGES, PRECISION, SGD_RATE, Keep, Run, model_of, train
+from benchmarks.learning.settings import COMPARED, PROMISING, SETTINGS
 from benchmarks.learning.speed import measure_speed
 from benchmarks.learning.steps import measure_memory, measure_steps
 from benchmarks.learning.tasks import BATCH, DENSE, HELD_OUT, LONG, PARTS, TASKS, quick
 from benchmarks.traces import normalise
-from benchmarks.writing import processor, write_result
+from benchmarks.writing import processor, versions, write_result
 
 HERE = Path(__file__).parent
-PACKAGES = ("torch", "lightning", "numpy", "scipy", "onnxruntime", "onnx")
-
 DENSE_SETTING = "joint_distill"
 
 Rows = dict[str, Any]
@@ -83,12 +80,13 @@ def queue(seeds: int) -> Iterator[Run]:
     for seed in range(seeds):
         for setting in SETTINGS.values():
             yield Run(fashion, setting, seed)
-            yield Run(cifar, setting, seed)
+        for task in (cifar, deep)[: 2 if seed == 0 else 1]:
+            for name in COMPARED:
+                yield Run(task, SETTINGS[name], seed)
         if seed == 0:
             yield Run(DENSE, SETTINGS[DENSE_SETTING], seed)
-            for task in (*LONG.values(), deep):
-                for name in PROMISING:
-                    yield Run(task, SETTINGS[name], seed)
+            for name in PROMISING:
+                yield Run(LONG, SETTINGS[name], seed)
 
 
 def small() -> Iterator[Run]:
@@ -210,7 +208,7 @@ def _figures(keep: Keep, runs: list[Run]) -> list[Rows]:
         if not path.is_file():
             found = figures(run, folds_of(run, keep), folds_of(run.plain, keep))
             write_result(path, found)
-        machine = {"processor": processor(), "versions": _versions()}
+        machine = {"processor": processor(), "versions": versions(PACKAGES)}
         rows.append(machine | run.about(keep) | json.loads(path.read_text("utf-8")))
     return rows
 
@@ -240,7 +238,7 @@ def _conditions(given: argparse.Namespace) -> Rows:
         "threads": 1,
         "processor": processor(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(PACKAGES),
         "batch": BATCH,
         "precision": PRECISION,
         "optimizer": "AdamW, weight decay 0.05, cosine in each phase",
@@ -253,10 +251,6 @@ def _conditions(given: argparse.Namespace) -> Rows:
         "tasks": {run.task.name: _task(run.task) for run in _runs(given)},
         "settings": {s.name: {"title": s.title, "source": s.source} for s in SETTINGS.values()},
     }
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in PACKAGES}
 
 
 def _merged(given: argparse.Namespace, keep: Keep) -> list[Rows]:

@@ -14,7 +14,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
-import importlib.metadata
 import json
 import platform
 import sys
@@ -37,7 +36,7 @@ from benchmarks.running.memory import measure_memory
 from benchmarks.running.onefile import measure_file
 from benchmarks.running.rival import measure_rival
 from benchmarks.subjects import MIXES, SMALL, SUBJECTS
-from benchmarks.writing import processor, write_result
+from benchmarks.writing import processor, versions, write_result
 from offramp.run.engines import Engine, OnnxRuntime, OpenVINO, Torch
 
 PACKAGES = ("torch", "onnxruntime", "onnx", "openvino", "transformers", "numpy")
@@ -56,19 +55,21 @@ def main() -> None:
     parser.add_argument("--only", choices=sorted(_PARTS), action="append", help="these parts")
     parser.add_argument("--network", choices=list(SUBJECTS), action="append", help="these alone")
     parser.add_argument("--engine", choices=list(ENGINES), action="append", help="these alone")
-    parser.add_argument("--device", default="cpu", help="cuda: stages alone, on eager torch")
+    parser.add_argument("--device", help="cuda: the stages on it, and nothing else")
     parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
     given = parser.parse_args()
     torch.set_num_threads(1)
     begin = time.perf_counter()
     result: dict[str, Any] = {}
     measured_on: dict[str, str] = {}
-    if given.json and given.json.is_file() and given.only:
+    used = versions(PACKAGES)
+    parts = ["device"] if given.device else given.only or [n for n in _PARTS if n != "device"]
+    if given.json and given.json.is_file() and (given.only or given.device):
         before = json.loads(given.json.read_text("utf-8"))
         result = before["parts"]
         about = before["conditions"]
-        measured_on = about.get("processors") or dict.fromkeys(result, about["processor"])
-    parts = ["stages"] if given.device != "cpu" else given.only or list(_PARTS)
+        measured_on = about["processors"]
+        used = about["versions"] if given.device else used  # the part has its own
     for name in parts:
         print(f"{name} ...", file=sys.stderr)
         result[name] = _joined(result.get(name), _PARTS[name](given))
@@ -78,11 +79,10 @@ def main() -> None:
         "summary": summary(result),
         "conditions": {
             "threads": 1,
-            "device": given.device,
             "processors": {**measured_on, **dict.fromkeys(parts, processor())},
             "cores": os.cpu_count(),
             "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "versions": used,
             "quick": given.quick,
             "seconds": round(time.perf_counter() - begin),
             "mixes": {name: list(shares) for name, shares in MIXES.items()},
@@ -123,12 +123,11 @@ def _stages(given: argparse.Namespace) -> dict[str, Any]:
     """Against the ideal and against the backbone alone, on each engine."""
     subjects = _networks(given, "resnet56_cifar")
     engines = given.engine or (["onnxruntime"] if given.quick else list(ENGINES))
-    engines = engines if given.device == "cpu" else ["torch"]
     batches = [1, 32] if given.quick else [1, 8, 32, 64]
     seconds = 1.5 if given.quick else 2.0
     ideal, overhead = [], []
     for name in subjects:
-        subject = replace(SUBJECTS[name], device=given.device)
+        subject = SUBJECTS[name]
         model = subject.model(given.data)
         for engine in engines:
             print(f"  {name} on {engine}", file=sys.stderr)
@@ -137,6 +136,25 @@ def _stages(given: argparse.Namespace) -> dict[str, Any]:
             ideal += measure_ideal(subject, runner, batches, seconds)
             overhead += measure_overhead(subject, model, runner, batches, 2 * seconds)
     return {"ideal": ideal, "overhead": overhead}
+
+
+def _device(given: argparse.Namespace) -> dict[str, Any]:
+    """The stages on a device, by eager torch."""
+    batches, seconds = ([1, 64], 0.5) if given.quick else ([1, 8, 64, 512], 0.5)
+    ideal, overhead = [], []
+    for name in _networks(given, "resnet56_cifar"):
+        print(f"  {name} on {given.device}", file=sys.stderr)
+        subject = replace(SUBJECTS[name], device=given.device)
+        model = subject.model(given.data)
+        runner = runner_of(model, subject, Torch())
+        ideal += measure_ideal(subject, runner, batches, seconds)
+        overhead += measure_overhead(subject, model, runner, batches, seconds)
+    return {
+        "device": torch.cuda.get_device_name(given.device),
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+        "ideal": ideal,
+        "overhead": overhead,
+    }
 
 
 def _compaction(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -169,6 +187,7 @@ _PARTS = {
     "file": _file,
     "memory": _memory,
     "earlyon": _earlyon,
+    "device": _device,
 }
 
 

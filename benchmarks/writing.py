@@ -1,14 +1,16 @@
-"""How a result is written, and on what it was measured."""
+"""How a result is written, on what it was measured, and with what."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["processor", "write_result"]
+__all__ = ["processor", "versions", "write_result"]
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:
@@ -26,3 +28,14 @@ def processor() -> str:
         return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 PACKAGES = ("torch", "lightning", "numpy", "onnxruntime", "onnx", "transformers")
 SYSTEMS = ("b-lenet", "b-alexnet", "b-resnet110", "inception-v1", "text", "recipes")
 # Epochs that two cores can do, the same for the plain network; what may be lost, from the bars.
-EPOCHS = {"b-lenet": 20, "b-alexnet": 6, "b-resnet110": 2, "inception-v1": 15, "text": 3}
+EPOCHS = {"b-lenet": 20, "b-alexnet": 30, "b-resnet110": 6, "inception-v1": 15, "text": 3}
 DROP = {"b-resnet110": 0.015}
 
 Row = dict[str, Any]

@@ -24,11 +24,14 @@ from benchmarks.learning.gradients import Norms, read_norms
 from benchmarks.learning.settings import PLAIN, SETTINGS, Setting
 from benchmarks.learning.tasks import Data, Images, Task, images_of
 from benchmarks.traces import normalise
+from benchmarks.writing import processor, versions
 from offramp.build.model import MultiExitModel
 from offramp.decide import Trace
 from offramp.train.optimizers import adamw
 
-__all__ = ["PRECISION", "SGD_RATE", "Keep", "Run", "model_of", "train"]
+__all__ = ["PACKAGES", "PRECISION", "SGD_RATE", "Keep", "Run", "model_of", "train"]
+
+PACKAGES = ("torch", "lightning", "numpy", "scipy", "onnxruntime", "onnx")
 
 ROWS = 500  # images at a time where nothing is learnt
 PRECISION = "bf16-mixed"
@@ -162,6 +165,8 @@ def _train(run: Run, keep: Keep) -> None:
     os.replace(part_file, folder / "model.safetensors")
     steps = task.epochs * len(loader)
     about = {
+        "processor": _trained_on(),
+        "versions": versions(PACKAGES),
         "task": task.name,
         "setting": run.setting.name,
         "seed": run.seed,
@@ -185,7 +190,12 @@ def _record(model: MultiExitModel, data: Data, part: str, source: str) -> Trace:
         (normalise(x), y)
         for x, y in zip(data[f"{part}_x"].split(ROWS), data[f"{part}_y"].split(ROWS), strict=True)
     )
-    return offramp.record(model, batches, source=source, progress=False)
+    device = "cuda" if torch.cuda.is_available() else None
+    return offramp.record(model, batches, source=source, device=device, progress=False)
+
+
+def _trained_on() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 @contextmanager

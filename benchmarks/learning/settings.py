@@ -21,7 +21,7 @@ from offramp.train import (
     Separate,
 )
 
-__all__ = ["PLAIN", "PROMISING", "SETTINGS", "Setting"]
+__all__ = ["COMPARED", "PLAIN", "PROMISING", "SETTINGS", "Setting"]
 
 Rules = dict[str, Callable[[Trace], Criterion]]
 
@@ -95,8 +95,9 @@ def _own(rule: str) -> Rules:
 
 PLAIN = "plain"
 
-# The most promising, for what takes long.
+# The most promising, for what takes long; and with them those that others have published.
 PROMISING = (PLAIN, "ztw", "joint_distill", "heads")
+COMPARED = (*PROMISING, "joint", "sdn", "branchynet", "pabee")
 
 SETTINGS = {
     setting.name: setting

@@ -181,9 +181,10 @@ def test_more_rows_than_memory_holds_are_run_in_pieces(
 
 
 def test_what_fits_into_memory_is_told_by_what_is_free() -> None:
-    assert rows_in_memory(1e30) == 1  # one row at a time, whatever it takes
-    assert rows_in_memory(1e6) > rows_in_memory(1e8) > 1
-    assert rows_in_memory(0) > 1e6
+    cpu = torch.device("cpu")
+    assert rows_in_memory(1e30, cpu) == 1  # one row at a time, whatever it takes
+    assert rows_in_memory(1e6, cpu) > rows_in_memory(1e8, cpu) > 1
+    assert rows_in_memory(0, cpu) > 1e6
 
 
 def test_every_error_is_of_the_library() -> None:

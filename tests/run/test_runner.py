@@ -122,8 +122,8 @@ def test_breaking_the_compaction_is_noticed(kind: str, monkeypatch: pytest.Monke
     good = runner(x)
     take = type(runner.engine).take
 
-    def shifted(self: object, value: Tensor, axis: RowAxis, rows: np.ndarray) -> Tensor:
-        return take(self, value, axis, np.roll(rows, 1))
+    def shifted(self: object, value: Tensor, axis: RowAxis, index: Tensor) -> Tensor:
+        return take(self, value, axis, index.roll(1))
 
     monkeypatch.setattr(type(runner.engine), "take", shifted)
     bad = runner(x)

@@ -359,3 +359,16 @@ def test_killed_at_ten_random_moments(tmp_path: Path) -> None:
         process.communicate()
         assert process.returncode == -signal.SIGKILL  # it was not done by then
     assert start(folder).communicate()[0] == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_a_training_on_a_device_goes_on_there(tmp_path: Path) -> None:
+    whole = model_of()
+    train(whole, loader(augmented=False), accelerator="cuda")
+    breaking = Breaking(loader(augmented=False), 6, Stop())
+    with pytest.raises(Stop):
+        train(model_of(), breaking, accelerator="cuda", checkpoint=tmp_path)
+    model = model_of()
+    train(model, loader(augmented=False), accelerator="cuda", checkpoint=tmp_path)
+    for one, other in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one, other)

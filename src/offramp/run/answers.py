@@ -58,8 +58,9 @@ class Answer:
         if len(rows) == samples:  # all at once: nothing to put together
             self.logits, self.score = logits, score
             return
-        self.logits = self.engine.scatter(self.logits, logits, rows, samples)
-        self.score = self.engine.scatter(self.score, score, rows, samples)
+        index = self.engine.index(rows)
+        self.logits = self.engine.scatter(self.logits, logits, index, samples)
+        self.score = self.engine.scatter(self.score, score, index, samples)
 
     def host_logits(self) -> np.ndarray:
         """(B, C), once all rows have left; they come from a device once."""
@@ -81,5 +82,5 @@ class Answer:
         # Not in inference mode, and not a view of an input.
         found = [value.clone() if value.is_inference() else value for value in found]
         if not (like.is_cpu and isinstance(self.score, np.ndarray)):
-            found = [value.to(like.device) for value in found]
+            found = [value.to(like.device, non_blocking=not like.is_cpu) for value in found]
         return Result(*found)

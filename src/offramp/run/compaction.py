@@ -35,7 +35,8 @@ class Compaction:
     ) -> dict[str, Array]:
         """What is live after a step, for the samples ``rows`` (R,) alone."""
         if self.selector is None:
-            return {name: self._take(values[name], link.rows[name], rows) for name in link.live}
+            index = self.engine.index(rows)
+            return {name: self._take(values[name], link.rows[name], index) for name in link.live}
         inputs = [self._tensor(values[name]) for name in self.inputs]
         which = torch.from_numpy(rows)
         chosen = map(self.engine.array, self.selector.take(inputs, which))
@@ -45,11 +46,11 @@ class Compaction:
             if name not in taken:
                 axis = link.rows[name]
                 own = index[axis.of].numpy() if axis is not None and axis.of else rows
-                taken[name] = self._take(values[name], axis, own)
+                taken[name] = self._take(values[name], axis, self.engine.index(own))
         return taken
 
-    def _take(self, value: Array, axis: RowAxis | None, rows: np.ndarray) -> Array:
-        return value if axis is None else self.engine.take(value, axis, rows)
+    def _take(self, value: Array, axis: RowAxis | None, index: Array) -> Array:
+        return value if axis is None else self.engine.take(value, axis, index)
 
     def _tensor(self, value: Array) -> Tensor:
         """As the user's function takes it: in the memory of the processor."""

@@ -59,9 +59,13 @@ class Engine(ABC):
     def array(self, value: Tensor | np.ndarray) -> Array:
         """The engine's own kind of array of a value, without a copy where possible."""
 
+    def index(self, rows: np.ndarray) -> Array:
+        """Rows (R,) as :meth:`take` and :meth:`scatter` want them: brought to a device once."""
+        return rows
+
     @abstractmethod
-    def take(self, value: Array, axis: RowAxis, rows: np.ndarray) -> Array:
-        """The part of ``value`` that belongs to the samples ``rows`` (R,)."""
+    def take(self, value: Array, axis: RowAxis, index: Array) -> Array:
+        """The part of ``value`` that belongs to the samples of an :meth:`index` of R rows."""
 
     @abstractmethod
     def host(self, value: Array) -> np.ndarray:
@@ -78,8 +82,11 @@ class Engine(ABC):
         """Give back memory that earlier calls left behind, by a call on a small batch."""
 
     @abstractmethod
-    def scatter(self, out: Array | None, value: Array, rows: np.ndarray, samples: int) -> Array:
-        """Write ``value`` (R, ...) at ``rows`` of ``out`` (samples, ...), made when ``None``."""
+    def scatter(self, out: Array | None, value: Array, index: Array, samples: int) -> Array:
+        """Write ``value`` (R, ...) at an :meth:`index` of R rows of ``out`` (samples, ...).
+
+        ``out`` is made when it is ``None``.
+        """
 
 
 class _TorchArrays(Engine):
@@ -90,8 +97,8 @@ class _TorchArrays(Engine):
     def array(self, value: Tensor | np.ndarray) -> Tensor:
         if not isinstance(value, Tensor):
             value = torch.from_numpy(np.ascontiguousarray(value))
-        tensor = value
-        return tensor.to(self.device)
+        # Not waited for: what is in ordinary memory has been read when this returns.
+        return value.to(self.device, non_blocking=True)
 
     def wait(self, value: Tensor) -> None:
         if value.is_cuda:
@@ -101,16 +108,19 @@ class _TorchArrays(Engine):
         """On a device, powers of two: few shapes to choose kernels for and to keep memory of."""
         return rows if self.device.type == "cpu" else 1 << max(0, rows - 1).bit_length()
 
-    def take(self, value: Tensor, axis: RowAxis, rows: np.ndarray) -> Tensor:
-        return axis.take(value, torch.from_numpy(rows).to(value.device))
+    def index(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(rows).to(self.device, non_blocking=True)
+
+    def take(self, value: Tensor, axis: RowAxis, index: Tensor) -> Tensor:
+        return axis.take(value, index)
 
     def host(self, value: Tensor) -> np.ndarray:
         return value.cpu().numpy()
 
-    def scatter(self, out: Tensor | None, value: Tensor, rows: np.ndarray, samples: int) -> Tensor:
+    def scatter(self, out: Tensor | None, value: Tensor, index: Tensor, samples: int) -> Tensor:
         if out is None:
             out = value.new_empty((samples, *value.shape[1:]))
-        out[torch.from_numpy(rows).to(value.device)] = value
+        out[index] = value
         return out
 
 
@@ -172,20 +182,20 @@ class _NumpyArrays(Engine):
             else value.numpy()
         )
 
-    def take(self, value: np.ndarray, axis: RowAxis, rows: np.ndarray) -> np.ndarray:
+    def take(self, value: np.ndarray, axis: RowAxis, index: np.ndarray) -> np.ndarray:
         if axis.multiple == 1:
-            return np.take(value, rows, axis=axis.dim)
-        return axis.take(torch.from_numpy(value), torch.from_numpy(rows)).numpy()
+            return np.take(value, index, axis=axis.dim)
+        return axis.take(torch.from_numpy(value), torch.from_numpy(index)).numpy()
 
     def host(self, value: np.ndarray) -> np.ndarray:
         return value
 
     def scatter(
-        self, out: np.ndarray | None, value: np.ndarray, rows: np.ndarray, samples: int
+        self, out: np.ndarray | None, value: np.ndarray, index: np.ndarray, samples: int
     ) -> np.ndarray:
         if out is None:
             out = np.empty((samples, *value.shape[1:]), value.dtype)
-        out[rows] = value
+        out[index] = value
         return out
 
 

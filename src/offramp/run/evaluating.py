@@ -5,12 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["evaluating"]
+__all__ = ["evaluating", "full_precision"]
 
+_PRECISION = threading.Lock()
 _LOCK = threading.Lock()
 _inside = 0  # how many are within, on all threads: the switch of the fast path is the process's
 _was = True
@@ -54,3 +56,22 @@ def _plain_attention() -> Iterator[None]:
             _inside -= 1
             if not _inside:
                 torch.backends.mha.set_fastpath_enabled(_was)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 on a device without TF32, whatever the process has chosen, for a moment.
+
+    One thread at a time: what was chosen is the process's, too.
+    """
+    cudnn: Any = torch.backends.cudnn  # its parts are not known to type checkers
+    kinds: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
+    with _PRECISION:
+        chosen = [kind.fp32_precision for kind in kinds]
+        try:
+            for kind in kinds:
+                kind.fp32_precision = "ieee"
+            yield
+        finally:
+            for kind, own in zip(kinds, chosen, strict=True):
+                kind.fp32_precision = own

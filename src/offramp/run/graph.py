@@ -22,7 +22,7 @@ from offramp.run.builder import StageBuilder, is_tensor, module_of
 from offramp.run.calls import Call
 from offramp.run.evaluating import evaluating
 from offramp.run.footprint import row_bytes, symbols_of
-from offramp.run.rows import RowAxis
+from offramp.run.rows import RowAxis, most_rows
 from offramp.run.selection import Selector, countable
 from offramp.run.stages import Stage, StagedModel, oriented
 
@@ -96,7 +96,7 @@ def export(
         )
     # One tensor given twice would be traced as one input.
     tensors = [tensor.clone() for tensor in tensors]
-    batch = Dim("batch", min=1)
+    batch = Dim("batch", min=1, max=most_rows(tensors[0].device))
     was = {sub: sub.training for sub in module.modules()}
     module.eval()
     free = selector.free if selector is not None else [{0}] * len(tensors)

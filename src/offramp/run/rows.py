@@ -7,7 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["RowAxis"]
+__all__ = ["RowAxis", "most_rows"]
+
+
+def most_rows(device: torch.device) -> int | None:
+    """How many rows a batch may have there; ``None``: any number.
+
+    Convolutions on a device are exported with the guard that their batch is at most 65,535.
+    """
+    return None if device.type == "cpu" else 65_535
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from offramp.run.compaction import Compaction
 from offramp.run.engines import Array, Engine, StepCall, StepCalls, engine_of
 from offramp.run.inputs import check_call, check_finite, explain_not_finite, flat_call
 from offramp.run.proof import prove
-from offramp.run.rows import RowAxis
+from offramp.run.rows import RowAxis, most_rows
 from offramp.run.selection import Selector, samples_of, take_samples
 from offramp.run.sequential import cut_for
 from offramp.run.stats import Stats, Tally
@@ -155,7 +155,9 @@ class Runner:
         self._takes_one = call.flat == (1, ())
         self._checked: list[Any] | None = None
         self._compact = Compaction(engine, self._inputs, selector)
-        self.max_batch = rows_in_memory(row_bytes)
+        place = call.tensors[0].device
+        fit = rows_in_memory(row_bytes, place)
+        self.max_batch = min(fit, most_rows(place) or fit)
         self.times = StageTimes.none()
         self.in_one_call = False
         self.reset()
@@ -306,6 +308,8 @@ class Runner:
         for link, call in zip(self._links, self._calls, strict=True):
             outputs = call([values[name] for name in link.inputs])
             values.update(zip(link.outputs, outputs, strict=True))
+            if link is self._links[-1]:
+                break
             score = self.engine.host(values["score"])
             if score[0] >= score.dtype.type(link.threshold):
                 break
@@ -380,6 +384,8 @@ class Runner:
         return checked
 
     def _leaving(self, position: int, values: dict[str, Array]) -> np.ndarray:
+        if position + 1 == len(self._links):  # all that are left; no need to wait for scores
+            return np.ones(len(values["score"]), bool)
         score = self.engine.host(values["score"])
         gone: np.ndarray = score >= score.dtype.type(self._links[position].threshold)
         return gone
@@ -416,7 +422,9 @@ class Runner:
             stay = None
             if gone.any():
                 here = np.flatnonzero(gone)
-                answer.add(link.exit, rows[here], *(self._take(values, n, here) for n in _ANSWER))
+                index, axis = self.engine.index(here), RowAxis()
+                own = (self.engine.take(values[name], axis, index) for name in _ANSWER)
+                answer.add(link.exit, rows[here], *own)
                 waiting = waiting & ~gone
                 left = int(waiting.sum())
                 if not left:
@@ -433,9 +441,6 @@ class Runner:
             else:
                 values = self._compact(link, values, stay)
         return answer
-
-    def _take(self, values: dict[str, Array], name: str, rows: np.ndarray) -> Array:
-        return self.engine.take(values[name], RowAxis(), rows)
 
     # -- what has been done ------------------------------------------------------------------------
 

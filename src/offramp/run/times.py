@@ -203,10 +203,13 @@ def _median(run: Callable[[], T]) -> tuple[float, T]:
     return statistics.median(seconds), values
 
 
-def rows_in_memory(row_bytes: float) -> int:
-    """How many rows fit into half of the memory that is free now."""
+def rows_in_memory(row_bytes: float, device: torch.device) -> int:
+    """How many rows fit into half of the memory that is free now, on that device."""
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not every system tells
         free = 4 << 30
     return max(1, int(free / 2 / max(row_bytes, 1.0)))

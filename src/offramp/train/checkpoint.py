@@ -210,18 +210,18 @@ def load_optimizer_state(
     plain: Mapping[str, Any],
 ) -> None:
     """Inverse of :func:`optimizer_state`, on an optimiser that was made in the same way."""
-    parameters = {
-        names[id(parameter)]: parameter
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    for group, saved in zip(optimizer.param_groups, plain["groups"], strict=True):
-        for key, value in saved.items():
-            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    found: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **plain["numbers"]}.items():
         owner, key = name.rsplit("/", 1)
         kept = value.clone() if isinstance(value, Tensor) else value
-        optimizer.state[parameters[owner]][key] = kept
+        found.setdefault(order.index(owner), {})[key] = kept
+    now = optimizer.state_dict()
+    for group, saved in zip(now["param_groups"], plain["groups"], strict=True):
+        for key, value in saved.items():
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+    # Its own way in brings every value to where the parameters are.
+    optimizer.load_state_dict({"state": found, "param_groups": now["param_groups"]})
 
 
 def refuse_broken(model: nn.Module) -> None:
