@@ -295,7 +295,7 @@ def _conditions(result: Result) -> str:
     )
 
 
-_TASKS = (*TASKS, *LONG)
+_TASKS = (*TASKS, LONG.name)
 
 LEARNING_TABLES: dict[str, Callable[[Result], str]] = {
     "learn.summary": _summary,

@@ -18,6 +18,7 @@ COSTS = (0.25, 0.5, 0.75, 1.0)  # of the plain network, at which recipes are com
 WAYS = {
     "screened": "the paper's screening",
     "calibrated": "`calibrate`, confidence",
+    "calibrated, ensemble": "`calibrate`, the exits' ensemble",
     "first exit": "as many at the first exit as in the paper",
 }
 BARS: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -86,14 +87,22 @@ def _budgets(result: Result) -> str:
     for name, title in NAMES.items():
         row = result["systems"].get(name)
         if row is not None:
-            took = row["seconds_of_training"]
             exits = ", ".join(_percent(exit) for exit in row["exits"])
             told.append(
                 f"{title}: {row['data']}, {row['training_images']} images to train on, "
-                f"{row['epochs']} epochs for both (plain {took['plain']:.0f} s, with branches "
-                f"{took['branches']:.0f} s), seed {row['seed']}; its exits alone: {exits} %."
+                f"{row['epochs']} epochs for both ({_where(row['trained'])}), seed {row['seed']}; "
+                f"its exits alone: {exits} %."
             )
     return " ".join(told) or NOT_YET
+
+
+def _where(trained: Row) -> str:
+    """On what, and in how many seconds of a processor where they were counted."""
+    told = []
+    for name, how in trained.items():
+        seconds = "" if how["seconds"] is None else f" in {how['seconds']:.0f} s"
+        told.append(f"{name} on {how['on']}{seconds}")
+    return ", ".join(told)
 
 
 def _inception(result: Result) -> str:
@@ -113,10 +122,9 @@ def _inception(result: Result) -> str:
         f"{100 * value:.2f} % at {100 * float(budget):.0f} % of the cost"
         for budget, value in row["accuracy_at"].items()
     )
-    took = row["seconds_of_training"]
     told = (
         f"{row['data']}: {row['training_images']} images to train on, {row['epochs']} epochs for "
-        f"both (with {took['auxiliary']:.0f} s, without {took['plain']:.0f} s of a processor), "
+        f"both ({_where(row['trained'])}), "
         f"seed {row['seed']}; {row['samples']} images to be judged on. The classifiers as exits, "
         f"by confidence, thresholds from calibration images: {at}. {_inception_chosen(row)}"
     )

@@ -16,7 +16,10 @@ from torch import Tensor
 import offramp
 from benchmarks.running.bare import bare_call
 from benchmarks.systems.judging import paired, right_of, share
+from benchmarks.writing import processor
 from offramp.build.model import MultiExitModel
+from offramp.decide.criteria import Criterion
+from offramp.decide.fitting import fit_apart, fit_ensemble
 from offramp.decide.policy import Policy, replay
 from offramp.decide.trace import Trace
 from offramp.errors import Infeasible
@@ -76,9 +79,9 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
         open_images(recipe.data, given.data[recipe.data], seed=given.seed), given.images
     )
     kept = given.runs / name / f"epochs{epochs}" / f"seed{given.seed}"
-    branchy, took = trained(recipe, images, kept / "branches", epochs, given.seed)
+    branchy, how = trained(recipe, images, kept / "branches", epochs, given.seed)
     alone = plain_phases(branchy.num_exits, epochs)
-    plain, plain_took = trained(recipe, images, kept / "plain", epochs, given.seed, alone)
+    plain, how_plain = trained(recipe, images, kept / "plain", epochs, given.seed, alone)
     calibration, test = (trace_of(branchy, images, part) for part in ("calibration", "test"))
     before, full = (trace_of(plain, images, part) for part in ("calibration", "test"))
     right = right_of(full)
@@ -88,7 +91,9 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
         if policy is None:
             rows.append({"way": way, "found": False})
             continue
+        known = replay(calibration, policy)
         found = judged(test, policy, right)
+        found["calibration_cost"] = float(known.cost.mean()) / calibration.full_cost
         times = timed(branchy, plain, policy, images, given.seconds)
         rows.append({"way": way, "found": True, **found, **times})
     return {
@@ -97,7 +102,7 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
         "epochs": epochs,
         "seed": given.seed,
         "training_images": len(images.train[0]),
-        "seconds_of_training": {"branches": took, "plain": plain_took},
+        "trained": {"branches": how, "plain": how_plain},
         "places": list(branchy.places),
         "stage_macs": list(branchy.costs.stages),
         "head_macs": list(branchy.costs.heads),
@@ -121,14 +126,16 @@ def trained(
     epochs: int,
     seed: int,
     scheme: Any = None,
-) -> tuple[MultiExitModel, float]:
-    """The model and the processor seconds that its training took, in all processes."""
-    noted = out / "seconds.json"
+) -> tuple[MultiExitModel, Row]:
+    """The model, and where it was trained in how many seconds of the processor."""
+    noted = out / "trained.json"
     begin = time.process_time()
     model = train(recipe, images, out, epochs=epochs, seed=seed, scheme=scheme, progress=False)
     if not noted.exists():
-        noted.write_text(json.dumps(round(time.process_time() - begin, 1)), "utf-8")
-    return model, float(json.loads(noted.read_text("utf-8")))
+        seconds = round(time.process_time() - begin, 1)
+        noted.write_text(json.dumps({"on": processor(), "seconds": seconds}), "utf-8")
+    found: Row = json.loads(noted.read_text("utf-8"))
+    return model, found
 
 
 def trace_of(model: MultiExitModel, images: Images, part: str) -> Trace:
@@ -139,6 +146,7 @@ def trace_of(model: MultiExitModel, images: Images, part: str) -> Trace:
 
 # -- thresholds ------------------------------------------------------------------------------------
 
+Rule = str | Criterion
 Choose = Callable[[Trace, float], Policy | None]
 
 
@@ -151,13 +159,21 @@ def _ways(name: str, drop: float) -> dict[str, Choose]:
         best = min(good, key=lambda row: row.cost, default=None)
         return None if best is None else Policy("entropy", [-nats for nats in best.nats])
 
-    def calibrated(trace: Trace, wanted: float) -> Policy | None:
+    def calibrated(trace: Trace, wanted: float, rule: Rule = "confidence") -> Policy | None:
         try:
-            return offramp.calibrate(trace, "confidence", min_accuracy=wanted - drop)
+            return offramp.calibrate(trace, rule, min_accuracy=wanted - drop)
         except Infeasible:
             return None
 
-    ways: dict[str, Choose] = {"screened": screened, "calibrated": calibrated}
+    def ensemble(trace: Trace, wanted: float) -> Policy | None:
+        rule, rest = fit_apart(trace, fit_ensemble)
+        return calibrated(rest, wanted, rule)
+
+    ways: dict[str, Choose] = {
+        "screened": screened,
+        "calibrated": calibrated,
+        "calibrated, ensemble": ensemble,
+    }
     return ways | {"first exit": _leaving_first} if name == "b-lenet" else ways
 
 

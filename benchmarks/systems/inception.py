@@ -53,14 +53,14 @@ def measure_inception(given: InceptionConditions) -> Row:
     images = open_images(recipe.data, given.data, seed=given.seed)
     kept = given.runs / recipe.name / f"epochs{given.epochs}" / f"seed{given.seed}"
     found: dict[str, MultiExitModel] = {}
-    seconds, norms = {}, {}
+    how, norms = {}, {}
     for name in ("auxiliary", "plain"):
         out = kept / name
         out.mkdir(parents=True, exist_ok=True)
         steps = len(images.train[0]) // recipe.batch
         watched = _Watched(recipe, out / "gradients.jsonl", steps)
         alone = plain_phases(3, given.epochs) if name == "plain" else None
-        found[name], seconds[name] = trained(
+        found[name], how[name] = trained(
             watched.recipe(), images, out, given.epochs, given.seed, alone
         )
         norms[name] = read_norms(watched.path, given.epochs * steps)
@@ -85,7 +85,7 @@ def measure_inception(given: InceptionConditions) -> Row:
         "epochs": given.epochs,
         "seed": given.seed,
         "training_images": len(images.train[0]),
-        "seconds_of_training": seconds,
+        "trained": how,
         "places": list(found["auxiliary"].places),
         "stage_macs": list(found["auxiliary"].costs.stages),
         "head_macs": list(found["auxiliary"].costs.heads),

@@ -19,7 +19,7 @@ import offramp
 from benchmarks.running.bare import bare_call
 from benchmarks.systems.judging import paired, right_of, share
 from offramp.build.model import MultiExitModel
-from offramp.decide import Trace, fit_ensemble, frontier, replay
+from offramp.decide import Trace, fit_apart, fit_ensemble, frontier, replay
 from offramp.decide.policy import Policy
 from offramp.errors import Infeasible
 from offramp.run.engines import OnnxRuntime
@@ -205,9 +205,7 @@ def _judged(
     system: TextSystem, dev: Trace, test: Trace, full: Tensor, policy: Policy | None
 ) -> Row:
     """Accuracy at budgets, and what the chosen thresholds do."""
-    fitting, rest = dev.split(0.3, seed=0)
-    rule = system.rule(fitting)
-    chosen_on = rest if rule.fitted_on else dev
+    rule, chosen_on = fit_apart(dev, system.rule)
     points = frontier(chosen_on, rule, points=25)
     at = {}
     for budget in BUDGETS:

@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from offramp.decide import (
     calibrate,
+    criterion,
+    fit_apart,
     fit_ensemble,
     fit_gates,
     fit_temperatures,
@@ -173,3 +175,17 @@ def test_refusals():
             fit_gates(TRACE, **wrong)
     with pytest.raises(PolicyError, match="at least 2 exits, got 1"):
         fit_gates(TRACE.keep_exits([]), price=0.1)
+
+
+def test_what_is_fitted_apart_is_judged_on_other_samples():
+    rule, rest = fit_apart(TRACE, fit_ensemble, share=0.25, seed=3)
+    fitting, others = TRACE.split(0.25, seed=3)
+    assert rule.weights == fit_ensemble(fitting).weights
+    assert torch.equal(rest.logits, others.logits)
+    assert not any(samples.overlap(rest) for samples in rule.fitted_on)
+
+
+def test_what_fits_nothing_takes_no_samples_away():
+    rule, rest = fit_apart(TRACE, lambda _: criterion("margin"))
+    assert rule.name == "margin"
+    assert rest is TRACE

@@ -16,6 +16,7 @@ from offramp.decide.policy import Policy
 from offramp.errors import DataError, EqualityError, OfframpError, PolicyError
 from offramp.run.chain import Link
 from offramp.run.engines import Torch
+from offramp.run.proof import TOLERANCE
 from offramp.run.rows import RowAxis
 from offramp.run.runner import Runner
 from offramp.run.times import Line, StageTimes
@@ -313,8 +314,12 @@ class Mixing(nn.Module):
 
 
 class Centre(nn.Module):
+    def __init__(self, share: float = 1.0) -> None:
+        super().__init__()
+        self.share = share
+
     def forward(self, x: Tensor) -> Tensor:
-        return x - x.mean(0)
+        return x - self.share * x.mean(0)
 
 
 def test_a_model_that_mixes_rows_is_refused_by_module() -> None:
@@ -322,6 +327,44 @@ def test_a_model_that_mixes_rows_is_refused_by_module() -> None:
     model = attach(Mixing().eval(), torch.randn(4, 12), exits=["first"])
     with pytest.raises(EqualityError, match="first module that differs is 'centre'"):
         Runner(model, Policy("confidence", [0.5]), torch.randn(4, 12))
+
+
+def test_a_little_mixing_is_not_taken_for_rounding() -> None:
+    torch.manual_seed(0)
+    backbone, example = Mixing().eval(), torch.randn(4, 12)
+    backbone.centre.share = 5e-5
+    model = attach(backbone, example, exits=["first"])
+    with torch.no_grad():
+        apart = (model(example).logits[-1][0] - model(example[:1]).logits[-1][0]).abs().max()
+    assert TOLERANCE[True] < float(apart) < TOLERANCE[False]
+    with pytest.raises(EqualityError, match="first module that differs is 'centre'"):
+        Runner(model, Policy("confidence", [0.5]), example)
+
+
+class Amplifying(nn.Module):
+    """Its rounding, which depends on the batch size, comes out a thousandfold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(512, 512)
+        self.last = nn.Linear(512, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(300 * torch.sin(self.first(x)))
+
+
+def test_rounding_is_not_taken_for_mixing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    example = torch.randn(4, 512)
+    model = attach(Amplifying().eval(), example, exits=["first"])
+    monkeypatch.setitem(TOLERANCE, True, 0.0)  # whatever this processor rounds is too much
+    Runner(model, Policy("confidence", [0.5]), example)
+    monkeypatch.setattr("offramp.run.proof.only_rounding", lambda *_: False)
+    with torch.no_grad():
+        apart = (model(example).logits[-1][0] - model(example[:1]).logits[-1][0]).abs().max()
+    assert float(apart) > 0
+    with pytest.raises(EqualityError, match="Something mixes"):
+        Runner(model, Policy("confidence", [0.5]), example)
 
 
 class Noisy(nn.Module):

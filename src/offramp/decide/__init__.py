@@ -21,7 +21,7 @@ from offramp.decide.criteria import (
     Voting,
     criterion,
 )
-from offramp.decide.fitting import Temperatures, fit_ensemble, fit_temperatures
+from offramp.decide.fitting import Temperatures, fit_apart, fit_ensemble, fit_temperatures
 from offramp.decide.gating import fit_gates
 from offramp.decide.monitor import Monitor, Watch
 from offramp.decide.policy import Decisions, Policy, replay
@@ -55,6 +55,7 @@ __all__ = [
     "Watch",
     "calibrate",
     "criterion",
+    "fit_apart",
     "fit_ensemble",
     "fit_gates",
     "fit_temperatures",

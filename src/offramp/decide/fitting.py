@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,15 @@ from offramp.decide.samples import Samples
 from offramp.decide.trace import Trace
 from offramp.errors import TraceError
 
-__all__ = ["Temperatures", "fit_ensemble", "fit_temperatures", "sampled", "stack", "usable"]
+__all__ = [
+    "Temperatures",
+    "fit_apart",
+    "fit_ensemble",
+    "fit_temperatures",
+    "sampled",
+    "stack",
+    "usable",
+]
 
 LOWEST, HIGHEST = 0.05, 20.0  # beyond, softmax is a step or flat, and scores lose their order
 ITERATIONS = 60
@@ -93,6 +102,30 @@ def fit_ensemble(trace: Trace) -> GeometricEnsemble:
     rule = GeometricEnsemble(weights)
     rule.fitted_on = (trace.samples,)
     return rule
+
+
+def fit_apart(
+    trace: Trace, fit: Callable[[Trace], Criterion], share: float = 0.3, seed: int = 0
+) -> tuple[Criterion, Trace]:
+    """A criterion, and samples for its thresholds on which it was not fitted.
+
+    Thresholds that are chosen on the samples that fitted the criterion find it better than it is.
+
+    Args:
+        trace: of calibration samples.
+        fit: makes the criterion from a trace, such as :func:`fit_ensemble`.
+        share: of the samples that it is given.
+        seed: of which they are.
+
+    Returns:
+        The criterion and the other samples; all of them where it fitted nothing.
+
+    Raises:
+        TraceError: a share that is not between 0 and 1, or leaves no sample on one side.
+    """
+    fitting, rest = trace.split(share, seed=seed)
+    rule = fit(fitting)
+    return rule, rest if rule.fitted_on else trace
 
 
 def usable(trace: Trace, what: str) -> Tensor:

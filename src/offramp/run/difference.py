@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,9 @@ if TYPE_CHECKING:
     from offramp.build.model import MultiExitModel
     from offramp.run.stages import StagedModel
 
-__all__ = ["distance", "first_difference", "first_mixing"]
+__all__ = ["distance", "first_difference", "first_mixing", "only_rounding"]
+
+EXACTLY = 1e-9  # what float64 leaves of rounding, with room for networks that amplify it
 
 
 def distance(got: Any, wanted: Any) -> float:  # noqa: ANN401
@@ -44,6 +47,29 @@ def first_mixing(model: MultiExitModel, staged: StagedModel, row: int, tolerance
         if not distance(batch[row * share : (row + 1) * share], single) <= tolerance:
             return f"; the first module that differs is {path!r}"
     return ""
+
+
+def only_rounding(model: MultiExitModel, staged: StagedModel, row: int) -> bool:
+    """Whether a row gets in a batch what it gets alone, once the model computes in float64.
+
+    Then it was rounding that made them differ: a hundred layers amplify it, and kernels for other
+    batch sizes round otherwise. Rows that are mixed differ in any precision. Where the model does
+    not compute in float64, nothing is shown.
+    """
+    call = staged.call
+    tensors = [v.double() if v.is_floating_point() else v for v in call.tensors]
+    try:
+        twin = copy.deepcopy(model).double()
+        found = []
+        for given in (tensors, staged.take(tensors, torch.tensor([row]))):
+            args, kwargs = call.build([value.clone() for value in given])
+            found.append(twin(*args, **kwargs).logits)
+    except Exception:
+        return False
+    return all(
+        one.dtype == torch.float64 and distance(one[row : row + 1], other) <= EXACTLY
+        for one, other in zip(*found, strict=True)
+    )
 
 
 def _module_outputs(

@@ -13,7 +13,7 @@ import numpy as np
 
 from offramp.decide.calibrate import calibrate, frontier
 from offramp.decide.criteria import Criterion, GeometricEnsemble, criterion
-from offramp.decide.fitting import fit_ensemble
+from offramp.decide.fitting import fit_apart, fit_ensemble
 from offramp.decide.gating import fit_gates
 from offramp.decide.policy import Policy
 from offramp.decide.trace import Trace
@@ -22,7 +22,6 @@ from offramp.train.schemes import Heads, Joint, Scheme
 
 __all__ = ["PAPERS", "PaperRecipe"]
 
-FITTING = 0.3  # of the calibration samples fit the criterion, the rest choose thresholds
 AROUND = 0.1  # of the full cost, on both sides of a budget: where the slope of a frontier is taken
 CHEAPEST = 0.01  # of prices: there is always some reason to leave
 
@@ -64,9 +63,7 @@ class PaperRecipe:
             goal: as for :meth:`choose`.
             seed: of what is set aside where the criterion is fitted.
         """
-        fitting, rest = trace.split(FITTING, seed=seed)
-        rule = self.rule(fitting, goal)
-        return rule, rest if rule.fitted_on else trace
+        return fit_apart(trace, lambda fitting: self.rule(fitting, goal), seed=seed)
 
     def choose(self, trace: Trace, goal: float, *, delta: float = 0.1, seed: int = 0) -> Policy:
         """The policy for a goal.

@@ -12,6 +12,7 @@ from torch import nn
 from offramp.build.model import MultiExitModel, attach
 from offramp.decide.calibrate import calibrate
 from offramp.decide.criteria import Criterion, criterion
+from offramp.decide.fitting import fit_apart
 from offramp.decide.gating import fit_gates
 from offramp.decide.policy import Policy
 from offramp.decide.trace import Trace
@@ -19,8 +20,6 @@ from offramp.errors import PlaceError
 from offramp.train.schemes import Alternating, Heads, Joint, Scheme
 
 __all__ = ["TEXT", "TextSystem", "attach_to_layers", "layers_of", "truncated"]
-
-GATES = 0.3  # of the calibration samples train the learned gates, the rest choose thresholds
 
 
 @dataclass(frozen=True)
@@ -61,14 +60,12 @@ class TextSystem:
         Raises:
             Infeasible: there are none.
         """
-        full = trace if than is None else than
-        fitting, rest = trace.split(GATES, seed=seed)
-        rule = self.rule(fitting)
-        if rule.fitted_on:
-            trace, full = rest, full.split(GATES, seed=seed)[1]
+        rule, rest = fit_apart(trace, self.rule, seed=seed)
+        # Of the other network, the same samples.
+        full = rest if than is None else fit_apart(than, lambda _: rule, seed=seed)[1]
         right = torch.as_tensor(full.logits[-1].argmax(1) == full.labels)
         wanted = float(right.double().mean()) - max_accuracy_drop
-        return calibrate(trace, rule, min_accuracy=max(0.0, wanted))
+        return calibrate(rest, rule, min_accuracy=max(0.0, wanted))
 
 
 def _named(name: str) -> Callable[[Trace], Criterion]:
