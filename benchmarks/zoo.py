@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 PACKAGES = ("torch", "lightning", "numpy", "onnxruntime", "onnx", "transformers")
 SYSTEMS = ("b-lenet", "b-alexnet", "b-resnet110", "inception-v1", "text", "recipes")
 # Epochs that two cores can do, the same for the plain network; what may be lost, from the bars.
-EPOCHS = {"b-lenet": 20, "b-alexnet": 30, "b-resnet110": 6, "inception-v1": 15, "text": 3}
+EPOCHS = {"b-lenet": 20, "b-alexnet": 30, "b-resnet110": 8, "inception-v1": 15, "text": 3}
 DROP = {"b-resnet110": 0.015}
 
 Row = dict[str, Any]
@@ -78,9 +78,9 @@ def _branchynet(name: str, given: argparse.Namespace) -> Row:
         name,
         Conditions(
             {"mnist": given.idx, "cifar10": given.data},
-            given.runs / "quick" if given.quick else given.runs,
-            epochs=given.epochs or (1 if given.quick else EPOCHS[name]),
-            seconds=0.0 if given.train else 1.0 if given.quick else 10.0,
+            _runs(given),
+            epochs=_epochs(name, given),
+            seconds=_seconds(given, 10.0),
             images=6400 if given.quick else None,
             drop=DROP.get(name, 0.0),
         ),
@@ -91,9 +91,10 @@ def _text(given: argparse.Namespace) -> Row:
     wanted = TextConditions(
         given.data,
         given.encoder,
-        given.runs,
-        epochs=given.epochs or EPOCHS["text"],
-        seconds=0.0 if given.train else 20.0,
+        _runs(given),
+        epochs=_epochs("text", given),
+        seconds=_seconds(given, 20.0),
+        sentences=200 if given.quick else None,
     )
     before = _before(given).get("text", {})
     if before.get("epochs") == wanted.epochs and not (kept(wanted) / "layers1").exists():
@@ -106,11 +107,24 @@ def _inception(given: argparse.Namespace) -> Row:
     return measure_inception(
         InceptionConditions(
             given.data,
-            given.runs,
-            epochs=given.epochs or EPOCHS["inception-v1"],
-            seconds=0.0 if given.train else 10.0,
+            _runs(given),
+            epochs=_epochs("inception-v1", given),
+            seconds=_seconds(given, 10.0),
+            images=640 if given.quick else None,
         )
     )
+
+
+def _runs(given: argparse.Namespace) -> Path:
+    return Path(given.runs / "quick" if given.quick else given.runs)
+
+
+def _epochs(name: str, given: argparse.Namespace) -> int:
+    return int(given.epochs or (1 if given.quick else EPOCHS[name]))
+
+
+def _seconds(given: argparse.Namespace, most: float) -> float:
+    return 0.0 if given.train else 0.5 if given.quick else most
 
 
 def _recipes(given: argparse.Namespace) -> Row:

@@ -97,7 +97,7 @@ PLAIN = "plain"
 
 # The most promising, for what takes long; and with them those that others have published.
 PROMISING = (PLAIN, "ztw", "joint_distill", "heads")
-COMPARED = (*PROMISING, "joint", "sdn", "branchynet", "pabee")
+COMPARED = (*PROMISING, "sdn_distill", "joint", "sdn", "branchynet", "pabee")
 
 SETTINGS = {
     setting.name: setting
@@ -114,6 +114,9 @@ SETTINGS = {
         Setting("joint", "joint", Joint(), ANY),
         Setting("sdn", "Shallow-Deep Networks: growing weights", Joint(weights="growing"), ANY,
                 source="Kaya et al., 2019"),
+        Setting("sdn_distill", "growing weights, distilled from the last exit",
+                Joint(Distill(teacher="last"), weights="growing"), ANY,
+                source="after Kaya et al., 2019, and Zhang et al., 2019"),
         Setting("branchynet", "BranchyNet: early exits count 1, the last 0.3",
                 BranchyNet(), _own("entropy"),
                 source="Teerapittayanon et al., 2016"),

@@ -12,11 +12,12 @@ import torch
 import offramp
 from benchmarks.learning.frontiers import BUDGETS, curve, fronts_of
 from benchmarks.learning.gradients import Norms, read_norms
-from benchmarks.systems.branchynet import judged, timed, trace_of, trained
+from benchmarks.systems.branchynet import fewer, judged, timed, trace_of, trained
 from benchmarks.systems.judging import paired, right_of, share
 from offramp.build.model import MultiExitModel
 from offramp.decide import Criterion, Trace, criterion
 from offramp.errors import Infeasible
+from offramp.train.schemes import as_plan
 from offramp.zoo.images import open_images
 from offramp.zoo.recipe import Recipe
 from offramp.zoo.running import plain_phases
@@ -38,6 +39,7 @@ class InceptionConditions:
         epochs: of both trainings.
         seed: of both.
         seconds: of timing, for each batch size.
+        images: to train on, at the most.
     """
 
     data: Path
@@ -45,12 +47,13 @@ class InceptionConditions:
     epochs: int
     seed: int = 0
     seconds: float = 10.0
+    images: int | None = None
 
 
 def measure_inception(given: InceptionConditions) -> Row:
     """Trained twice with the same budget; accuracy, gradients, and the classifiers as exits."""
     recipe = system("inception-v1")
-    images = open_images(recipe.data, given.data, seed=given.seed)
+    images = fewer(open_images(recipe.data, given.data, seed=given.seed), given.images)
     kept = given.runs / recipe.name / f"epochs{given.epochs}" / f"seed{given.seed}"
     found: dict[str, MultiExitModel] = {}
     how, norms = {}, {}
@@ -59,10 +62,10 @@ def measure_inception(given: InceptionConditions) -> Row:
         out.mkdir(parents=True, exist_ok=True)
         steps = len(images.train[0]) // recipe.batch
         watched = _Watched(recipe, out / "gradients.jsonl", steps)
-        alone = plain_phases(3, given.epochs) if name == "plain" else None
-        found[name], how[name] = trained(
-            watched.recipe(), images, out, given.epochs, given.seed, alone
-        )
+        phases = plain_phases(3, given.epochs)
+        if name == "auxiliary":
+            phases = list(as_plan(recipe.scheme, 3, given.epochs))
+        found[name], how[name] = trained(watched.recipe(), images, out, phases, given.seed)
         norms[name] = read_norms(watched.path, given.epochs * steps)
     calibration, test = (trace_of(found["auxiliary"], images, p) for p in ("calibration", "test"))
     full = trace_of(found["plain"], images, "test")

@@ -349,9 +349,10 @@ class _Session:
         # Inputs with a default (the thresholds of a file) come last, and need not be given.
         known = (*session.get_inputs(), *session.get_overridable_initializers())
         self._names = [value.name for value in known]
+        self._outputs = [value.name for value in session.get_outputs()]
 
     def __call__(self, values: Sequence[Array]) -> list[Array]:
-        return list(self._session.run(None, dict(zip(self._names, values, strict=False))))
+        return list(self._session.run(self._outputs, dict(zip(self._names, values, strict=False))))
 
     def trim(self, values: Sequence[Array]) -> None:
         """Run once, and then give back what the arena holds."""
@@ -359,7 +360,7 @@ class _Session:
 
         options = onnxruntime.RunOptions()
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self._session.run(None, dict(zip(self._names, values, strict=False)), options)
+        self._session.run(self._outputs, dict(zip(self._names, values, strict=False)), options)
 
 
 def _cannot(what: str, error: Exception) -> StageError:
