@@ -26,7 +26,6 @@ BARS: dict[str, tuple[str, str, Callable[[float], bool]]] = {
     "macs_at_plain_accuracy_fashion": ("of the plain network's MACs", "≤ 0.5", lambda v: v <= 0.5),
     "macs_at_plain_accuracy_cifar": ("of the plain network's MACs", "≤ 0.65", lambda v: v <= 0.65),
     "macs_at_plain_accuracy_fashion_short": ("likewise, few passes", "≤ 0.5", lambda v: v <= 0.5),
-    "macs_at_plain_accuracy_cifar_short": ("likewise, few passes", "≤ 0.65", lambda v: v <= 0.65),
     "macs_at_plain_accuracy_cifar56": ("likewise, ResNet-56", "≤ 0.65", lambda v: v <= 0.65),
     "measured_over_macs_speedup": ("of the MACs ratio, worst", "≥ 0.85", lambda v: v >= 0.85),
     "step_overhead": ("of the plain step, less the heads' MACs, worst", "≤ 1.05",
@@ -236,10 +235,12 @@ def _steps(result: Result) -> str:
             [_named(result, row["task"]), _title(result, row["setting"]), f"{row['plain_ms']:.0f}",
              f"{row['exits_ms']:.0f}", f"{row['ratio']:.3f}",
              f"{_percent(row['heads_share_of_macs'], 1)} %", f"{row['ratio_less_heads']:.3f}",
+             f"{_percent(row['heads_share_of_time'], 1)} %",
              f"{own['plain_mb']:.0f}", f"{own['exits_mb']:.0f}", f"{own['ratio']:.2f}"]
         )  # fmt: skip
     head = ["network", "scheme", "plain, ms", "with exits, ms", "ratio", "heads' MACs",
-            "less heads", "plain, MB", "with exits, MB", "ratio of memory"]  # fmt: skip
+            "less heads", "heads' time", "plain, MB", "with exits, MB",
+            "ratio of memory"]  # fmt: skip
     return table(head, rows)
 
 

@@ -17,10 +17,9 @@ Row = dict[str, Any]
 # The figure of a network is that of its longest training.
 NETWORKS = {
     "fashion": ("fashion_resnet20_long", "fashion_resnet20"),
-    "cifar": ("cifar_resnet20_long", "cifar_resnet20"),
+    "cifar": ("cifar_resnet20",),
     "cifar56": ("cifar_resnet56",),
     "fashion_short": ("fashion_resnet20",),
-    "cifar_short": ("cifar_resnet20",),
 }
 
 
