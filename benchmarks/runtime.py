@@ -52,7 +52,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--runs", type=Path, default=Path("runs"))
     parser.add_argument("--json", type=Path, help="where to write the result")
-    parser.add_argument("--only", choices=sorted(_PARTS), action="append", help="these parts")
+    here = [name for name in _PARTS if name != "device"]
+    parser.add_argument("--only", choices=here, action="append", help="these parts")
     parser.add_argument("--network", choices=list(SUBJECTS), action="append", help="these alone")
     parser.add_argument("--engine", choices=list(ENGINES), action="append", help="these alone")
     parser.add_argument("--device", help="cuda: the stages on it, and nothing else")
@@ -63,7 +64,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     measured_on: dict[str, str] = {}
     used = versions(PACKAGES)
-    parts = ["device"] if given.device else given.only or [n for n in _PARTS if n != "device"]
+    parts = ["device"] if given.device else given.only or here
     if given.json and given.json.is_file() and (given.only or given.device):
         before = json.loads(given.json.read_text("utf-8"))
         result = before["parts"]
@@ -72,7 +73,9 @@ def main() -> None:
         used = about["versions"] if given.device else used  # the part has its own
     for name in parts:
         print(f"{name} ...", file=sys.stderr)
-        result[name] = _joined(result.get(name), _PARTS[name](given))
+        earlier, now = result.get(name), _PARTS[name](given)
+        elsewhere = name == "device" and earlier and earlier["device"] != now["device"]
+        result[name] = now if elsewhere else _joined(earlier, now)
     document = {
         "schema": 1,
         "benchmark": "runtime",

@@ -143,12 +143,32 @@ def _earlyon(result: Result) -> str:
     return table(head, rows)
 
 
+def _device(result: Result) -> str:
+    part = result["parts"].get("device")
+    if part is None:
+        return "Not measured yet."
+    rows = [
+        [row["network"], str(row["batch"]), row["mix"], f"{row['runner_ms']:.2f}",
+         f"{row['ratio']:.3f}"]
+        for row in part["ideal"]
+    ]  # fmt: skip
+    rows += [
+        [row["network"], str(row["batch"]), "none, over the backbone", f"{row['runner_ms']:.2f}",
+         f"{row['ratio']:.3f}"]
+        for row in part["overhead"]
+    ]  # fmt: skip
+    versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
+    told = f"{part['device']}, {versions}."
+    return table(["network", "batch", "leave", "ms", "over the ideal"], rows) + "\n\n" + told
+
+
 def _conditions(result: Result) -> str:
     given = result["conditions"]
     versions = ", ".join(f"{name} {version}" for name, version in given["versions"].items())
     machines: dict[str, list[str]] = defaultdict(list)
     for part, name in given["processors"].items():
-        machines[name].append(part)
+        if part != "device":  # which says so itself
+            machines[name].append(part)
     where = "; ".join(f"{', '.join(parts)} on {name}" for name, parts in machines.items())
     return (
         f"One thread on a shared machine of {given['cores']} cores ({where}); candidates in turn "
@@ -187,5 +207,6 @@ RUNTIME_TABLES = {
     "runtime.memory": _memory,
     "runtime.earlyon": _earlyon,
     "runtime.conditions": _conditions,
+    "runtime.device": _device,
     "quantisation": _quantisation,
 }

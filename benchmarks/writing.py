@@ -10,7 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["processor", "versions", "write_result"]
+import torch
+
+__all__ = ["processor", "trained_on", "versions", "write_result"]
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:
@@ -28,6 +30,11 @@ def processor() -> str:
         return next(x.partition(":")[2].strip() for x in lines if x.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def trained_on() -> str:
+    """The device that ``fit`` trains on by itself."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from benchmarks.learning.gradients import Norms, read_norms
 from benchmarks.learning.settings import PLAIN, SETTINGS, Setting
 from benchmarks.learning.tasks import Data, Images, Task, images_of
 from benchmarks.traces import normalise
-from benchmarks.writing import processor, versions
+from benchmarks.writing import trained_on, versions
 from offramp.build.model import MultiExitModel
 from offramp.decide import Trace
 from offramp.train.optimizers import adamw
@@ -165,7 +165,7 @@ def _train(run: Run, keep: Keep) -> None:
     os.replace(part_file, folder / "model.safetensors")
     steps = task.epochs * len(loader)
     about = {
-        "processor": _trained_on(),
+        "processor": trained_on(),
         "versions": versions(PACKAGES),
         "task": task.name,
         "setting": run.setting.name,
@@ -192,10 +192,6 @@ def _record(model: MultiExitModel, data: Data, part: str, source: str) -> Trace:
     )
     device = "cuda" if torch.cuda.is_available() else None
     return offramp.record(model, batches, source=source, device=device, progress=False)
-
-
-def _trained_on() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
 
 
 @contextmanager

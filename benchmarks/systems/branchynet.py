@@ -16,7 +16,7 @@ from torch import Tensor
 import offramp
 from benchmarks.running.bare import bare_call
 from benchmarks.systems.judging import paired, right_of, share
-from benchmarks.writing import processor
+from benchmarks.writing import trained_on
 from offramp.build.model import MultiExitModel
 from offramp.decide.criteria import Criterion
 from offramp.decide.fitting import fit_apart, fit_ensemble
@@ -161,7 +161,7 @@ def trained(
     model = train(recipe, images, out, seed=seed, scheme=phases, progress=False)
     if not noted.exists():
         seconds = round(time.process_time() - begin, 1)
-        noted.write_text(json.dumps({"on": processor(), "seconds": seconds}), "utf-8")
+        noted.write_text(json.dumps({"on": trained_on(), "seconds": seconds}), "utf-8")
     found: Row = json.loads(noted.read_text("utf-8"))
     return model, found
 

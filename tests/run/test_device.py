@@ -7,11 +7,12 @@ import math
 import shutil
 import warnings
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import offramp
 from offramp.build.model import MultiExitModel
@@ -93,6 +94,17 @@ def test_what_is_given_on_the_processor_is_answered_there(kind: str) -> None:
 
 
 @device
+def test_a_runner_on_the_processor_answers_what_lies_on_a_device() -> None:
+    one = case("cnn")
+    runner = Runner(one.model, Policy("confidence", medians("cnn")), one.example)
+    for seed in range(20):  # a copy that is not waited for would be read too early
+        x = example_of("cnn", 256, seed=seed)
+        ours, theirs = runner(x), runner(x.cuda())
+        assert all(v.is_cuda for v in vars(theirs).values())
+        assert torch.equal(ours.logits, theirs.logits.cpu())
+
+
+@device
 @kinds
 def test_an_exit_waits_for_the_device_once(kind: str) -> None:
     runner = runner_on_device(kind)
@@ -127,7 +139,9 @@ def test_steps_see_few_batch_sizes() -> None:
     other._calls = [noting(call) for call in runner._calls]
     for size in range(33, 64):
         other(on_device("cnn", size, seed=size))
-    assert {size for size in seen if size < 33} <= {1, 2, 4, 8, 16, 32}
+    few = {size for size in seen if size < 33}
+    assert few
+    assert few <= {1, 2, 4, 8, 16, 32}
 
 
 @device
@@ -135,6 +149,40 @@ def test_precision_of_the_process_is_left_as_it_was() -> None:
     before = torch.backends.cudnn.conv.fp32_precision
     Runner(model_on_device("cnn"), Policy.final(), on_device("cnn", 5))
     assert torch.backends.cudnn.conv.fp32_precision == before
+
+
+def test_a_wider_choice_of_precision_still_holds_afterwards() -> None:
+    backends: Any = torch.backends
+    kinds = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+    before, own = backends.fp32_precision, [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "none"
+        backends.fp32_precision = "tf32"
+        with full_precision(), full_precision():  # a runner may be made within
+            assert {kind.fp32_precision for kind in kinds} == {"ieee"}
+        assert {kind.fp32_precision for kind in kinds} == {"tf32"}
+        backends.fp32_precision = "ieee"
+        assert {kind.fp32_precision for kind in kinds} == {"ieee"}
+    finally:
+        backends.fp32_precision = before
+        for kind, value in zip(kinds, own, strict=True):
+            kind.fp32_precision = value
+
+
+def test_on_the_processor_no_precision_is_touched() -> None:
+    class Switching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(12, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.backends.cudnn.allow_tf32:  # reading it is what has to work
+                x = x + 0
+            return self.last(self.first(x))
+
+    model = offramp.attach(Switching().eval(), torch.randn(4, 12), exits=["first"])
+    Runner(model, Policy("confidence", [0.5]), torch.randn(4, 12))
 
 
 @device
@@ -150,8 +198,9 @@ def test_inductor_answers_as_eager_torch_does() -> None:
     if shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler, and there is no g++")
     x = on_device("mlp", 40, seed=2)
+    compiled, eager = runner_on_device("mlp", "inductor"), runner_on_device("mlp")
     with full_precision():
-        result, wanted = runner_on_device("mlp", "inductor")(x), runner_on_device("mlp")(x)
+        result, wanted = compiled(x), eager(x)
     assert torch.equal(result.exit, wanted.exit)
     assert far(result.logits, wanted.logits) <= TOLERANCE[False]
 
@@ -161,8 +210,12 @@ def test_training_and_recording_use_the_device_and_leave_the_model_where_it_was(
     model = copy.deepcopy(case("cnn").model)
     x = example_of("cnn", 64)
     batches = [(x[i : i + 16], torch.arange(i, i + 16) % 5) for i in range(0, 64, 16)]
+    places: set[str] = set()
+    hook = model.heads[0].register_forward_hook(lambda _, __, out: places.add(out.device.type))
     offramp.fit(model, batches, epochs=1, progress=False)
+    assert places == {"cuda"}
     assert all(p.is_cpu for p in model.parameters())
+    hook.remove()
     fresh = [example_of("cnn", 16, seed=9)]
     here = offramp.record(model, fresh, progress=False)
     there = offramp.record(model, fresh, progress=False, device="cuda")

@@ -99,3 +99,33 @@ def test_only_parameters_must_be_finite() -> None:
     model.bias.data[1] = math.nan
     with pytest.raises(TrainingError, match="The parameter 'bias' is no longer finite"):
         refuse_broken(model)
+
+
+class Mastered(torch.optim.Optimizer):
+    """Keeps a float32 copy of a bfloat16 parameter, and counts."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+
+    def step(self) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            state.setdefault("master", parameter.detach().float())
+            state["count"] = state.get("count", torch.zeros((), dtype=torch.int64)) + 1
+            state["master"] = state["master"] - 0.001 * state["count"]
+            parameter.data.copy_(state["master"])
+
+
+def test_what_an_optimizer_keeps_has_its_own_type() -> None:
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = Mastered([parameter])
+    optimizer.step()
+    tensors, plain = optimizer_state(optimizer, {id(parameter): "p"})
+    again = nn.Parameter(parameter.detach().clone())
+    other = Mastered([again])
+    load_optimizer_state(other, {id(again): "p"}, tensors, plain)
+    for key, value in optimizer.state[parameter].items():
+        found = other.state[again][key]
+        assert found.dtype == value.dtype
+        assert torch.equal(found, value)
+        assert found.data_ptr() != value.data_ptr()

@@ -113,7 +113,8 @@ def fit_apart(
 
     Args:
         trace: of calibration samples.
-        fit: makes the criterion from a trace, such as :func:`fit_ensemble`.
+        fit: makes the criterion from a trace, such as :func:`fit_ensemble`; what it fits says so
+            in its ``fitted_on``.
         share: of the samples that it is given.
         seed: of which they are.
 

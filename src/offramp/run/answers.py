@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.run.engines import Array, Engine
+from offramp.run.engines import Array, Engine, sent
 
 __all__ = ["Answer", "Result"]
 
@@ -82,5 +82,5 @@ class Answer:
         # Not in inference mode, and not a view of an input.
         found = [value.clone() if value.is_inference() else value for value in found]
         if not (like.is_cpu and isinstance(self.score, np.ndarray)):
-            found = [value.to(like.device, non_blocking=not like.is_cpu) for value in found]
+            found = [sent(value, like.device) for value in found]
         return Result(*found)

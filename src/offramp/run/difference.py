@@ -1,4 +1,4 @@
-"""How far results are apart; and in which module they part, run only to explain a failure."""
+"""How far results are apart, why, and in which module they part: run only where they differ."""
 
 from __future__ import annotations
 
@@ -53,8 +53,9 @@ def only_rounding(model: MultiExitModel, staged: StagedModel, row: int) -> bool:
     """Whether a row gets in a batch what it gets alone, once the model computes in float64.
 
     Then it was rounding that made them differ: a hundred layers amplify it, and kernels for other
-    batch sizes round otherwise. Rows that are mixed differ in any precision. Where the model does
-    not compute in float64, nothing is shown.
+    batch sizes round otherwise. Rows that are mixed differ in any precision (unless a network mixes
+    them by an amount that it takes from the precision). Where the model does not compute in
+    float64, nothing is shown.
     """
     call = staged.call
     tensors = [v.double() if v.is_floating_point() else v for v in call.tensors]

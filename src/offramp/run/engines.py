@@ -39,6 +39,7 @@ __all__ = [
     "StepCalls",
     "Torch",
     "engine_of",
+    "sent",
 ]
 
 Array = Any  # a torch tensor or a numpy array, by the engine
@@ -50,6 +51,7 @@ class Engine(ABC):
 
     name: ClassVar[str]
     exact: ClassVar[bool] = False  # whether it computes the bits that eager torch computes
+    device: torch.device = torch.device("cpu")  # where it computes
 
     @abstractmethod
     def load(self, steps: Sequence[Step]) -> Sequence[StepCall]:
@@ -92,13 +94,10 @@ class Engine(ABC):
 class _TorchArrays(Engine):
     """Engines that compute on torch tensors."""
 
-    device: torch.device = torch.device("cpu")
-
     def array(self, value: Tensor | np.ndarray) -> Tensor:
         if not isinstance(value, Tensor):
             value = torch.from_numpy(np.ascontiguousarray(value))
-        # Not waited for: what is in ordinary memory has been read when this returns.
-        return value.to(self.device, non_blocking=True)
+        return sent(value, self.device)
 
     def wait(self, value: Tensor) -> None:
         if value.is_cuda:
@@ -109,10 +108,11 @@ class _TorchArrays(Engine):
         return rows if self.device.type == "cpu" else 1 << max(0, rows - 1).bit_length()
 
     def index(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(rows).to(self.device, non_blocking=True)
+        return sent(torch.from_numpy(rows), self.device)
 
     def take(self, value: Tensor, axis: RowAxis, index: Tensor) -> Tensor:
-        return axis.take(value, index)
+        # A network may lie on several devices.
+        return axis.take(value, index.to(value.device))
 
     def host(self, value: Tensor) -> np.ndarray:
         return value.cpu().numpy()
@@ -120,8 +120,18 @@ class _TorchArrays(Engine):
     def scatter(self, out: Tensor | None, value: Tensor, index: Tensor, samples: int) -> Tensor:
         if out is None:
             out = value.new_empty((samples, *value.shape[1:]))
-        out[index] = value
+        out[index.to(value.device)] = value
         return out
+
+
+def sent(value: Tensor, device: torch.device) -> Tensor:
+    """Where it is wanted, without waiting where that is safe.
+
+    CUDA has read what lies in pageable memory when the call returns; of pinned memory, and of what
+    comes from a device or goes to another kind of one, that cannot be said.
+    """
+    at_once = device.type == "cuda" and value.is_cpu and not value.is_pinned()
+    return value.to(device, non_blocking=at_once)
 
 
 class Torch(_TorchArrays):

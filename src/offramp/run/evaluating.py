@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "full_precision"]
+__all__ = ["PRECISION", "evaluating", "full_precision"]
 
-_PRECISION = threading.Lock()
+PRECISION = threading.RLock()  # held by whoever relies on it, or changes it for a moment
 _LOCK = threading.Lock()
 _inside = 0  # how many are within, on all threads: the switch of the fast path is the process's
 _was = True
@@ -59,14 +59,20 @@ def _plain_attention() -> Iterator[None]:
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
+def full_precision(*, wanted: bool = True) -> Iterator[None]:
     """Products of float32 on a device without TF32, whatever the process has chosen, for a moment.
 
-    One thread at a time: what was chosen is the process's, too.
+    Meanwhile torch's older switches (``allow_tf32``) cannot be read, since they say less.
+
+    Args:
+        wanted: whether anything is computed on a device; nothing is touched otherwise.
     """
+    if not wanted:
+        yield
+        return
     cudnn: Any = torch.backends.cudnn  # its parts are not known to type checkers
     kinds: tuple[Any, ...] = (cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul)
-    with _PRECISION:
+    with PRECISION:
         chosen = [kind.fp32_precision for kind in kinds]
         try:
             for kind in kinds:
@@ -74,4 +80,6 @@ def full_precision() -> Iterator[None]:
             yield
         finally:
             for kind, own in zip(kinds, chosen, strict=True):
-                kind.fp32_precision = own
+                kind.fp32_precision = "none"
+                if kind.fp32_precision != own:  # it was not what a wider choice says
+                    kind.fp32_precision = own

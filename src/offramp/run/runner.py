@@ -155,9 +155,8 @@ class Runner:
         self._takes_one = call.flat == (1, ())
         self._checked: list[Any] | None = None
         self._compact = Compaction(engine, self._inputs, selector)
-        place = call.tensors[0].device
-        fit = rows_in_memory(row_bytes, place)
-        self.max_batch = min(fit, most_rows(place) or fit)
+        fit = rows_in_memory(row_bytes, engine.device)
+        self.max_batch = min(fit, most_rows(engine.device) or fit)
         self.times = StageTimes.none()
         self.in_one_call = False
         self.reset()

@@ -208,6 +208,8 @@ def rows_in_memory(row_bytes: float, device: torch.device) -> int:
     try:
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
+            # What torch holds for later use is free for it.
+            free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         else:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not every system tells

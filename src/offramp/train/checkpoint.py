@@ -220,8 +220,14 @@ def load_optimizer_state(
     for group, saved in zip(now["param_groups"], plain["groups"], strict=True):
         for key, value in saved.items():
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
-    # Its own way in brings every value to where the parameters are.
+    # Its own way in brings every value to where the parameters are, and gives it their type.
     optimizer.load_state_dict({"state": found, "param_groups": now["param_groups"]})
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                saved = tensors.get(f"{names[id(parameter)]}/{key}")
+                if saved is not None and saved.dtype != value.dtype:
+                    optimizer.state[parameter][key] = saved.clone().to(value.device)
 
 
 def refuse_broken(model: nn.Module) -> None:
