@@ -90,10 +90,17 @@ def _budgets(result: Result) -> str:
             exits = ", ".join(_percent(exit) for exit in row["exits"])
             told.append(
                 f"{title}: {row['data']}, {row['training_images']} images to train on, "
-                f"{row['epochs']} epochs for both ({_where(row['trained'])}), seed {row['seed']}; "
+                f"{row['epochs']} epochs for both{_begun(row)} ({_where(row['trained'])}), seed "
+                f"{row['seed']}; "
                 f"its exits alone: {exits} %."
             )
     return " ".join(told) or NOT_YET
+
+
+def _begun(row: Row) -> str:
+    """Where branches are trained on the plain network: how long that was alone."""
+    phases = row["phases"]
+    return f", the first {phases[0][1]} of them the plain network alone" if len(phases) > 1 else ""
 
 
 def _where(trained: Row) -> str:

@@ -116,6 +116,7 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
         "system": name,
         "data": DATA[recipe.data],
         "epochs": epochs,
+        "phases": [[phase.name, phase.epochs] for phase in with_branches],
         "seed": given.seed,
         "training_images": len(images.train[0]),
         "trained": {"branches": how, "plain": how_plain},

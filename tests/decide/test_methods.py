@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -202,9 +203,10 @@ def test_neighbours_in_the_last_bit_are_still_parted():
     assert not bool((low >= threshold).any())
 
 
-def test_landscape_is_the_mean_over_rows():
-    trace = random_trace(300)
-    scored, right = scored_of(trace)
+@pytest.mark.parametrize("rule", ["confidence", "geometric", "cascade"])
+def test_landscape_is_the_mean_over_rows(rule):
+    trace = replace(random_trace(300, head=0.1), cascade=rule == "cascade")
+    scored, right = scored_of(trace, "confidence" if rule == "cascade" else rule)
     ranks = Ranks(scored.scores[:-1])
     land = Landscape.of(scored, right, ranks)
     generator = np.random.default_rng(0)
@@ -220,6 +222,20 @@ def test_landscape_is_the_mean_over_rows():
             assert gain[m] == pytest.approx(wanted[1], abs=8e-3)
             each = land.each(settings_[m], used)
             assert each.mean() == pytest.approx(gain[m], abs=1e-6)
+
+
+@pytest.mark.parametrize("cascade", [False, True])
+@pytest.mark.parametrize("budget", [0.6, 0.8, 1.0])
+def test_heads_that_run_all_the_same_are_counted(budget, cascade):
+    """Costly heads, of which an ensemble needs all: cutting the network short is no way out."""
+    trace = replace(random_trace(3000, head=0.12), cascade=cascade)
+    rule = "confidence" if cascade else "geometric"
+    found, shared = (
+        replay(trace, calibrate(trace, rule, max_cost=budget, method=method))
+        for method in ("search", "shared")
+    )
+    right = [float((d.prediction == trace.labels).double().mean()) for d in (found, shared)]
+    assert right[0] > right[1] - 0.003
 
 
 def test_shifting_onto_the_budget_finds_it():

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.decide.criteria import Criterion
@@ -68,11 +70,16 @@ class Scored:
     def exit_costs(self, thresholds: Tensor) -> Tensor:
         """What leaving at each exit costs, as shares of the full backbone, (E,) float64."""
         runs = torch.ones(self.num_exits, dtype=torch.float64)
-        if self.switchable:
-            runs[:-1] = (thresholds < torch.inf).double()
-        elif self.cascade:
-            runs[:-1] = (thresholds < torch.inf).double().flip(0).cummax(0).values.flip(0)
+        runs[:-1] = torch.from_numpy(self.running((thresholds < torch.inf).numpy()))
         return self.stages.cumsum(0) + (self.heads * runs).cumsum(0)
+
+    def running(self, on: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which heads run where these exits are in use, (E - 1,) of (E - 1,)."""
+        if self.switchable:
+            return on
+        if self.cascade:
+            return np.maximum.accumulate(on[::-1])[::-1].copy()
+        return np.ones_like(on)
 
     def cost(self, thresholds: Tensor) -> float:
         """The mean cost, as a share of the full backbone."""

@@ -62,4 +62,5 @@ def _shorter(scored: Scored, last: int) -> Scored:
         scored.stages[:stop],
         scored.heads[:stop],
         scored.switchable,
+        cascade=scored.cascade,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,12 +49,14 @@ class Landscape:
         gains: (E, n) float32.
         stages: (E,) float64, shares of the full cost.
         heads: (E,) float64, likewise.
+        running: which heads run where some exits are in use.
     """
 
     above: NDArray[np.float32]
     gains: NDArray[np.float32]
     stages: Array
     heads: Array
+    running: Callable[[Used], Used]
 
     @property
     def size(self) -> int:
@@ -68,13 +71,18 @@ class Landscape:
             gains.float().contiguous().numpy(),
             scored.stages.numpy(),
             scored.heads.numpy(),
+            scored.running,
         )
 
     def rows(self, index: NDArray[np.int64]) -> Landscape:
         """The landscape of some of the rows."""
         above, gains = self.above[:, index], self.gains[:, index]
         return Landscape(
-            np.ascontiguousarray(above), np.ascontiguousarray(gains), self.stages, self.heads
+            np.ascontiguousarray(above),
+            np.ascontiguousarray(gains),
+            self.stages,
+            self.heads,
+            self.running,
         )
 
     def means(self, log_odds: Array, on: Used) -> tuple[Array, Array]:
@@ -82,21 +90,20 @@ class Landscape:
 
         Args:
             log_odds: (M, K), where the thresholds stand.
-            on: (K,) bool, the exits that are in use; the heads of the others do not run.
+            on: (K,) bool, the exits that are in use.
 
         Returns:
             Cost (M,) and gain (M,).
         """
         share = shares(log_odds).astype(np.float32)
-        rows = self.gains.shape[1]
+        rows, runs = self.gains.shape[1], self.running(on)
         here = np.ones((len(share), rows), np.float32)  # 1 for a row that is still on its way
         cost, gain = np.zeros(len(share)), np.zeros(len(share))
         left = np.full(len(share), float(rows))
         for k in range(len(self.above)):
-            cost += left * self.stages[k]
+            cost += left * (self.stages[k] + runs[k] * self.heads[k])
             if not on[k]:
                 continue
-            cost += left * self.heads[k]
             gain += here @ self.gains[k]
             here *= self.above[k] >= share[:, k, None]
             gain -= here @ self.gains[k]

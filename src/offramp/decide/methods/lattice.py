@@ -106,7 +106,8 @@ class Lattice:
             taken = np.full(len(rows), len(self.sizes))
             for k in reversed(range(len(state))):
                 taken[self.positions[k] < state[k]] = k
-            runs = np.array([level > 0 or not self.scored.switchable for level in (*state, 1)])
+            on = np.array([level > 0 for level in state])
+            runs = np.append(self.scored.running(on), True)
             costs: Array = np.cumsum(self.scored.stages.numpy()) + np.cumsum(
                 self.scored.heads.numpy() * runs
             )

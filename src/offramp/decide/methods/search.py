@@ -79,7 +79,8 @@ class Search:
         self.families = [line(self.first, worth[:, : self.coarse.size]) for line in LINES]
         self.cuts = Cuts(self.first, self.ranks)
         # What everyone pays at the least where an exit is the first in use.
-        self.least = (scored.stages.cumsum(0) + scored.heads).numpy()
+        heads = scored.heads if scored.switchable else scored.heads.cumsum(0)
+        self.least = (scored.stages.cumsum(0) + heads).numpy()
         size = max(1, min(round(PART * len(rows)), COARSE))
         self.parts = [self.land.rows(generator.permutation(len(rows))[:size]) for _ in range(PARTS)]
 
