@@ -103,7 +103,7 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
     right = right_of(full)
     rows = []
     for way, choose in _ways(name, given.drop).items():
-        policy = choose(calibration, _accuracy(before))
+        policy = choose(calibration, before)
         if policy is None:
             rows.append({"way": way, "found": False})
             continue
@@ -176,27 +176,29 @@ def trace_of(model: MultiExitModel, images: Images, part: str) -> Trace:
 # -- thresholds ------------------------------------------------------------------------------------
 
 Rule = str | Criterion
-Choose = Callable[[Trace, float], Policy | None]
+Choose = Callable[[Trace, Trace], Policy | None]
 
 
 def _ways(name: str, drop: float) -> dict[str, Choose]:
-    """How thresholds are chosen, on calibration samples."""
+    """How thresholds are chosen, beside what the plain network says of the same samples."""
 
-    def screened(trace: Trace, wanted: float) -> Policy | None:
+    def screened(trace: Trace, plain: Trace) -> Policy | None:
         """The cheapest combination of the paper's grid that is as accurate as the plain network."""
-        good = [row for row in screen_all(trace) if row.accuracy >= wanted - drop - 1e-12]
+        wanted = _accuracy(plain) - drop - 1e-12
+        good = [row for row in screen_all(trace) if row.accuracy >= wanted]
         best = min(good, key=lambda row: row.cost, default=None)
         return None if best is None else Policy("entropy", [-nats for nats in best.nats])
 
-    def calibrated(trace: Trace, wanted: float, rule: Rule = "confidence") -> Policy | None:
+    def calibrated(trace: Trace, plain: Trace, rule: Rule = "confidence") -> Policy | None:
         try:
-            return offramp.calibrate(trace, rule, min_accuracy=wanted - drop)
+            return offramp.calibrate(trace, rule, min_accuracy=_accuracy(plain) - drop)
         except Infeasible:
             return None
 
-    def ensemble(trace: Trace, wanted: float) -> Policy | None:
+    def ensemble(trace: Trace, plain: Trace) -> Policy | None:
         rule, rest = fit_apart(trace, fit_ensemble)
-        return calibrated(rest, wanted, rule)
+        _, same = fit_apart(plain, lambda _: rule)
+        return calibrated(rest, same, rule)
 
     ways: dict[str, Choose] = {
         "screened": screened,
@@ -206,9 +208,9 @@ def _ways(name: str, drop: float) -> dict[str, Choose]:
     return ways | {"first exit": _leaving_first} if name == "b-lenet" else ways
 
 
-def _leaving_first(trace: Trace, wanted: float) -> Policy:
+def _leaving_first(trace: Trace, plain: Trace) -> Policy:
     """As many leave at the first exit as in the paper."""
-    del wanted
+    del plain
     probabilities = trace.logits[0].double().softmax(1)
     entropy = -torch.special.xlogy(probabilities, probabilities).sum(1)
     return Policy("entropy", nats=[float(entropy.quantile(FIRST))])
