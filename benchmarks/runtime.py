@@ -101,7 +101,8 @@ def _joined(before: Any, now: Any) -> Any:
     """What was measured now, and earlier rows of networks and engines that were not."""
     if isinstance(before, dict) and isinstance(now, dict):
         return {**before, **{key: _joined(before.get(key), now[key]) for key in now}}
-    if isinstance(before, list) and isinstance(now, list) and "network" in before[0]:
+    tables = isinstance(before, list) and isinstance(now, list) and isinstance(before[0], dict)
+    if tables and "network" in before[0]:
         fresh = {_about(row) for row in now}
         rows = [*(row for row in before if _about(row) not in fresh), *now]
         return sorted(rows, key=lambda row: _ORDER.index(_about(row)))

@@ -187,7 +187,7 @@ def _ways(name: str, drop: float) -> dict[str, Choose]:
         wanted = _accuracy(plain) - drop - 1e-12
         good = [row for row in screen_all(trace) if row.accuracy >= wanted]
         best = min(good, key=lambda row: row.cost, default=None)
-        return None if best is None else Policy("entropy", [-nats for nats in best.nats])
+        return None if best is None else Policy("entropy", nats=best.nats)
 
     def calibrated(trace: Trace, plain: Trace, rule: Rule = "confidence") -> Policy | None:
         try:
