@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import sqrt
 from statistics import fmean, stdev
@@ -288,11 +289,13 @@ def _conditions(result: Result) -> str:
         )  # fmt: skip
     head = ["network, data", "parameters at the start", "passes", "learning rate",
             "thresholds chosen on", "seeds, at the most"]  # fmt: skip
-    machines = " or ".join(dict.fromkeys(run["processor"] for run in result["rows"]["runs"]))
+    machines = Counter(run["processor"] for run in result["rows"]["runs"])
+    trained = "; ".join(f"{count} on {name}" for name, count in machines.most_common())
     return (
         f"{table(head, rows)}\n\n{given['optimizer']} (by SGD: {given['sgd']}); batches "
-        f"of {given['batch']}, {given['precision']}, one thread of an {machines}. "
-        f"Python {given['python']}, {versions}."
+        f"of {given['batch']}, {given['precision']}. Trainings: {trained}; one thread where it is "
+        f"no accelerator, and versions with each run in the result. Measured by one thread of an "
+        f"{given['processor']}. Python {given['python']}, {versions}."
     )
 
 
