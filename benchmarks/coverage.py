@@ -21,7 +21,6 @@ import signal
 import sys
 import time
 import warnings
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ import torch
 from benchmarks.architectures import ARCHITECTURES
 from benchmarks.passage import BATCH, EXITS, Row, onnx_rows, take_through, warm_up
 from benchmarks.vision_packages import prepare
-from benchmarks.writing import processor, write_result
+from benchmarks.writing import processor, versions, write_result
 
 HERE = Path(__file__).parent
 SECONDS = 240  # of the processor; of the wall, WALL times as many
@@ -167,6 +166,7 @@ def _summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     ordered = [rows[name] for name in ARCHITECTURES if name in rows]
+    prepare()  # some packages stand apart, and their versions with them
     result = {
         "schema": 1,
         "benchmark": "coverage",
@@ -180,19 +180,11 @@ def _write(path: Path, rows: dict[str, dict[str, Any]]) -> None:
             "limit_cpu_seconds": SECONDS,
             "processor": processor(),
             "python": platform.python_version(),
-            "versions": {name: _version(name) for name in PACKAGES},
+            "versions": versions(PACKAGES),
         },
         "rows": ordered,
     }
     write_result(path, result)
-
-
-def _version(package: str) -> str | None:
-    prepare()
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from benchmarks.deciding.equality import check_equality
 from benchmarks.deciding.rules import RULES
 from benchmarks.deciding.sources import FIRST, RECORDED, SHAPES, recorded, two_exits
 from benchmarks.deciding.speed import measure
-from benchmarks.writing import processor, write_result
+from benchmarks.writing import processor, versions, write_result
 from offramp.decide import Trace
 
 HERE = Path(__file__).parent
@@ -201,7 +200,7 @@ def _write(path: Path, found: dict[str, Any], quick: bool, *, anew: bool) -> Non
             "violations_allowed": "the 99.9 % quantile of a binomial at the promised rate",
             "processor": processor(),
             "python": platform.python_version(),
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": versions(PACKAGES),
         },
         "rows": rows,
     }

@@ -15,7 +15,6 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
-import importlib.metadata
 import json
 import logging
 import sys
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import offramp
 from benchmarks.traces import fashion
 from benchmarks.trained import DATA, ready, test_images, trained_resnet56
+from benchmarks.writing import versions, write_result
 from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy, replay
 from offramp.run.chain import Step, chain
@@ -157,19 +157,14 @@ def main() -> None:
             "test_samples": len(order) - len(order) // 2,
             "threads": 1,
             "quick": given.quick,
-            "versions": {
-                n: importlib.metadata.version(n) for n in ("torch", "onnxruntime", "onnx")
-            },
+            "versions": versions(("torch", "onnxruntime", "onnx")),
         },
         "rows": rows,
         "times": times,
     }
-    text = json.dumps(document, indent=1) + "\n"
     if given.json:
-        part = given.json.with_name(f".{given.json.name}.part")
-        part.write_text(text, "utf-8")
-        os.replace(part, given.json)
-    print(text)
+        write_result(given.json, document)
+    print(json.dumps(document, indent=1))
 
 
 def _row(engine: str, thresholds: str, trace: offramp.Trace, policy: Policy) -> dict[str, Any]:

@@ -21,7 +21,6 @@ import sys
 import warnings
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from benchmarks.systems.inception import InceptionConditions, measure_inception
 from benchmarks.systems.recipes import measure_recipes
 from benchmarks.systems.text import TextConditions, kept, measure_text
 from benchmarks.traces import FASHION
-from benchmarks.writing import processor, write_result
+from benchmarks.writing import processor, versions, write_result
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "lightning", "numpy", "onnxruntime", "onnx", "transformers")
@@ -178,7 +177,7 @@ def _write(rows: dict[str, Row], given: argparse.Namespace) -> None:
             "quick": given.quick,
             "threads": 1,
             "python": platform.python_version(),
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": versions(PACKAGES),
             "paper": {"branchynet": PAPER},
         },
         "systems": rows,

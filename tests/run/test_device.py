@@ -171,18 +171,25 @@ def test_a_wider_choice_of_precision_still_holds_afterwards() -> None:
 
 
 def test_on_the_processor_no_precision_is_touched() -> None:
+    seen: set[str] = set()
+    cudnn: Any = torch.backends.cudnn
+
     class Switching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.first, self.last = nn.Linear(12, 8), nn.Linear(8, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            if torch.backends.cudnn.allow_tf32:  # reading it is what has to work
-                x = x + 0
+            seen.add(
+                f"{cudnn.conv.fp32_precision}, {cudnn.allow_tf32}"
+            )  # the older one can be read
             return self.last(self.first(x))
 
+    before = f"{cudnn.conv.fp32_precision}, {cudnn.allow_tf32}"
     model = offramp.attach(Switching().eval(), torch.randn(4, 12), exits=["first"])
+    seen.clear()
     Runner(model, Policy("confidence", [0.5]), torch.randn(4, 12))
+    assert seen == {before}
 
 
 @device

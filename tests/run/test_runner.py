@@ -357,12 +357,13 @@ def test_rounding_is_not_taken_for_mixing(monkeypatch: pytest.MonkeyPatch) -> No
     torch.manual_seed(0)
     example = torch.randn(4, 512)
     model = attach(Amplifying().eval(), example, exits=["first"])
-    monkeypatch.setitem(TOLERANCE, True, 0.0)  # whatever this processor rounds is too much
-    Runner(model, Policy("confidence", [0.5]), example)
-    monkeypatch.setattr("offramp.run.proof.only_rounding", lambda *_: False)
     with torch.no_grad():
         apart = (model(example).logits[-1][0] - model(example[:1]).logits[-1][0]).abs().max()
-    assert float(apart) > 0
+    if not apart:
+        pytest.skip("this processor rounds alike in both batch sizes")
+    monkeypatch.setitem(TOLERANCE, True, 0.0)  # whatever it rounds is too much
+    Runner(model, Policy("confidence", [0.5]), example)
+    monkeypatch.setattr("offramp.run.proof.only_rounding", lambda *_: False)
     with pytest.raises(EqualityError, match="Something mixes"):
         Runner(model, Policy("confidence", [0.5]), example)
 
