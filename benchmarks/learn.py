@@ -32,16 +32,18 @@ from benchmarks.learning import summary
 from benchmarks.learning.energy import PICOJOULES, estimate, readable
 from benchmarks.learning.frontiers import BUDGETS, TOLERANCE, figures, folds_of
 from benchmarks.learning.places import compare_places
-from benchmarks.learning.runs import PACKAGES, PRECISION, SGD_RATE, Keep, Run, model_of, train
+from benchmarks.learning.runs import PACKAGES, SGD_RATE, Keep, Run, model_of, train
 from benchmarks.learning.settings import COMPARED, PROMISING, SETTINGS
 from benchmarks.learning.speed import measure_speed
 from benchmarks.learning.steps import measure_memory, measure_steps
 from benchmarks.learning.tasks import BATCH, DENSE, HELD_OUT, LONG, PARTS, TASKS, quick
 from benchmarks.traces import normalise
 from benchmarks.writing import processor, versions, write_result
+from offramp.train.precision import fastest_precision
 
 HERE = Path(__file__).parent
 DENSE_SETTING = "joint_distill"
+MEASURED_ON = ("processor", "python", "versions")
 
 Rows = dict[str, Any]
 
@@ -208,7 +210,11 @@ def _figures(keep: Keep, runs: list[Run]) -> list[Rows]:
         if not path.is_file():
             found = figures(run, folds_of(run, keep), folds_of(run.plain, keep))
             write_result(path, found)
-        machine = {"processor": processor(), "versions": versions(PACKAGES)}
+        machine = {
+            "processor": processor(),
+            "versions": versions(PACKAGES),
+            "precision": fastest_precision(),
+        }
         rows.append(machine | run.about(keep) | json.loads(path.read_text("utf-8")))
     return rows
 
@@ -216,9 +222,12 @@ def _figures(keep: Keep, runs: list[Run]) -> list[Rows]:
 def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
     """What is found, beside what the file has of other sections."""
     rows: Rows = {}
+    conditions = _conditions(given)
     if given.json.exists():
         before = json.loads(given.json.read_text("utf-8"))
         rows = before["rows"] if before["conditions"]["quick"] == given.quick else {}
+        if rows and not found:  # what was measured was measured where it was; runs have their own
+            conditions |= {name: before["conditions"][name] for name in MEASURED_ON}
     rows |= {"runs": _merged(given, keep)} | found
     write_result(
         given.json,
@@ -226,7 +235,7 @@ def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
             "schema": 1,
             "benchmark": "learn",
             "summary": summary.summarise(rows),
-            "conditions": _conditions(given),
+            "conditions": conditions,
             "rows": rows,
         },
     )
@@ -240,7 +249,7 @@ def _conditions(given: argparse.Namespace) -> Rows:
         "python": platform.python_version(),
         "versions": versions(PACKAGES),
         "batch": BATCH,
-        "precision": PRECISION,
+        "precision": "bfloat16 mixed where the machine multiplies it, else single precision",
         "optimizer": "AdamW, weight decay 0.05, cosine in each phase",
         "sgd": f"Nesterov momentum 0.9, weight decay 5e-4, learning rate {SGD_RATE}",
         "parts_of_a_pass": PARTS,
@@ -263,7 +272,8 @@ def _merged(given: argparse.Namespace, keep: Keep) -> list[Rows]:
         for row in before["rows"].get("runs", []):
             key = _key(row)
             if key not in rows and _same(before["conditions"], now, key):
-                machine = {name: before["conditions"][name] for name in ("processor", "versions")}
+                own = ("processor", "versions", "precision")
+                machine = {name: before["conditions"][name] for name in own}
                 rows[key] = {**machine, **row}
     order = {(run.task.name, run.setting.name, run.seed): k for k, run in enumerate(runs)}
     return sorted(rows.values(), key=lambda row: order.get(_key(row), len(order)))
@@ -272,7 +282,7 @@ def _merged(given: argparse.Namespace, keep: Keep) -> list[Rows]:
 def _same(before: Rows, now: Rows, key: tuple[str, str, int]) -> bool:
     """Whether a run of the file was made as it would be made now."""
     task, setting, _ = key
-    alike = ("quick", "batch", "precision", "optimizer", "sgd", "held_out", "budgets", "tolerance")
+    alike = ("quick", "batch", "optimizer", "sgd", "held_out", "budgets", "tolerance")
     return all(before[name] == now[name] for name in alike) and all(
         name in now[kind] and before[kind].get(name) == now[kind][name]
         for kind, name in (("tasks", task), ("settings", setting))

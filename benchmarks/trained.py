@@ -76,7 +76,7 @@ def trained_resnet56(data: Path, out: Path) -> MultiExitModel:
         scheme=Joint(Distill(teacher="ensemble")),
         epochs=EPOCHS,
         optimizer=sgd,
-        precision="bf16-mixed",
+        precision="auto",
         seed=SEED,
         checkpoint=out / "fashion_mnist",
         progress=sys.stderr.isatty(),

@@ -29,7 +29,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.learning.runs import Keep
-from benchmarks.systems.branchynet import PAPER, Conditions, measure_branchynet
+from benchmarks.systems.branchynet import PAPER, Conditions, measure_branchynet, retimed
 from benchmarks.systems.inception import InceptionConditions, measure_inception
 from benchmarks.systems.recipes import measure_recipes
 from benchmarks.systems.text import TextConditions, kept, measure_text
@@ -57,6 +57,9 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, help="folder of a BERT; else the package's")
     parser.add_argument("--epochs", type=int, help="instead of the benchmark's own")
     parser.add_argument("--train", action="store_true", help="train only; measure nothing")
+    parser.add_argument(
+        "--retime", action="store_true", help="only time BranchyNet's anew: weights are drawn"
+    )
     parser.add_argument("--quick", action="store_true", help="a sample, in under two minutes")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -73,17 +76,17 @@ def main() -> None:
 
 
 def _branchynet(name: str, given: argparse.Namespace) -> Row:
-    return measure_branchynet(
-        name,
-        Conditions(
-            {"mnist": given.idx, "cifar10": given.data},
-            _runs(given),
-            epochs=_epochs(name, given),
-            seconds=_seconds(given, 10.0),
-            images=6400 if given.quick else None,
-            drop=DROP.get(name, 0.0),
-        ),
+    wanted = Conditions(
+        {"mnist": given.idx, "cifar10": given.data},
+        _runs(given),
+        epochs=_epochs(name, given),
+        seconds=_seconds(given, 10.0),
+        images=6400 if given.quick else None,
+        drop=DROP.get(name, 0.0),
     )
+    if given.retime:
+        return retimed(name, wanted, _before(given)[name])
+    return measure_branchynet(name, wanted)
 
 
 def _text(given: argparse.Namespace) -> Row:

@@ -91,8 +91,7 @@ def _budgets(result: Result) -> str:
             told.append(
                 f"{title}: {row['data']}, {row['training_images']} images to train on, "
                 f"{row['epochs']} epochs for both{_begun(row)} ({_where(row['trained'])}), seed "
-                f"{row['seed']}; "
-                f"its exits alone: {exits} %."
+                f"{row['seed']}; its exits alone: {exits} %.{_timed_with(row)}"
             )
     return " ".join(told) or NOT_YET
 
@@ -101,6 +100,15 @@ def _begun(row: Row) -> str:
     """Where branches are trained on the plain network: how long that was alone."""
     phases = row["phases"]
     return f", the first {phases[0][1]} of them the plain network alone" if len(phases) > 1 else ""
+
+
+def _timed_with(row: Row) -> str:
+    if not any("timed_with" in policy for policy in row["policies"]):
+        return ""
+    return (
+        " Timed later, with weights drawn at random and thresholds at which as many images leave "
+        "at each exit."
+    )
 
 
 def _where(trained: Row) -> str:

@@ -28,13 +28,13 @@ from benchmarks.writing import trained_on, versions
 from offramp.build.model import MultiExitModel
 from offramp.decide import Trace
 from offramp.train.optimizers import adamw
+from offramp.train.precision import AUTO, fastest_precision
 
-__all__ = ["PACKAGES", "PRECISION", "SGD_RATE", "Keep", "Run", "model_of", "train"]
+__all__ = ["PACKAGES", "SGD_RATE", "Keep", "Run", "model_of", "train"]
 
 PACKAGES = ("torch", "lightning", "numpy", "scipy", "onnxruntime", "onnx")
 
 ROWS = 500  # images at a time where nothing is learnt
-PRECISION = "bf16-mixed"
 SGD_RATE = 0.02
 
 
@@ -150,7 +150,7 @@ def _train(run: Run, keep: Keep) -> None:
         scheme=run.setting.scheme,
         epochs=task.epochs,
         optimizer=Norms(make, model, loader, folder / "gradients.jsonl"),
-        precision=PRECISION,
+        precision=AUTO,
         seed=run.seed,
         checkpoint=folder / "checkpoint",
         progress=False,
@@ -167,6 +167,7 @@ def _train(run: Run, keep: Keep) -> None:
     about = {
         "processor": trained_on(),
         "versions": versions(PACKAGES),
+        "precision": fastest_precision(),
         "task": task.name,
         "setting": run.setting.name,
         "seed": run.seed,

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import offramp
-from benchmarks.learning.runs import PRECISION
 from benchmarks.learning.settings import PLAIN, SETTINGS
 from benchmarks.learning.tasks import BATCH, TASKS, Task
 from offramp.build.model import MultiExitModel
 from offramp.train.optimizers import adamw
+from offramp.train.precision import AUTO
 
 __all__ = ["TIMED", "measure_memory", "measure_steps"]
 
@@ -91,7 +91,7 @@ def by_fit(model: MultiExitModel, loader: Clocked, setting: str) -> None:
         loader,
         scheme=SETTINGS[setting].scheme,
         epochs=2,
-        precision=PRECISION,
+        precision=AUTO,
         progress=False,
     )
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import offramp
 from benchmarks.running.bare import bare_call
+from benchmarks.subjects import NEVER, thresholds_for
 from benchmarks.systems.judging import paired, right_of, share
 from benchmarks.writing import trained_on
 from offramp.build.model import MultiExitModel
-from offramp.decide.criteria import Criterion
+from offramp.decide.criteria import Criterion, criterion
+from offramp.decide.criteria.ensembles import GeometricEnsemble
 from offramp.decide.fitting import fit_apart, fit_ensemble
 from offramp.decide.policy import Policy, replay
 from offramp.decide.trace import Trace
@@ -41,6 +44,7 @@ __all__ = [
     "judged",
     "measure_branchynet",
     "phases_of",
+    "retimed",
     "timed",
     "trace_of",
     "trained",
@@ -129,6 +133,30 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
         "last_less_plain": paired(right_of(test), right),
         "policies": rows,
     }
+
+
+def retimed(name: str, given: Conditions, before: Row) -> Row:
+    """The row of a system whose weights are not kept here, with times measured anew.
+
+    The time does not depend on the weights: they are drawn, and thresholds are put where as many of
+    the timed images leave at each exit as the trained network lets out of the test images.
+    """
+    recipe = system(name)
+    images = open_images(recipe.data, given.data[recipe.data], seed=given.seed)
+    torch.manual_seed(given.seed)
+    drawn = recipe.build(CLASSES).eval()
+    sums = GeometricEnsemble([[1.0] * (k + 1) for k in range(drawn.num_exits)])
+    rows = []
+    for row in before["policies"]:
+        if row["found"]:
+            rule = sums if row["criterion"] == sums.name else criterion(row["criterion"])
+            policy = Policy(rule, [NEVER] * (drawn.num_exits - 1))
+            shares = row["shares"][:-1]
+            times = timed(drawn, drawn, policy, images, given.seconds, shares)
+            rows.append({**row, **times, "timed_with": "drawn weights"})
+        else:
+            rows.append(row)
+    return {**before, "places": list(drawn.places), "policies": rows}
 
 
 def fewer(images: Images, most: int | None) -> Images:
@@ -241,11 +269,28 @@ def judged(test: Trace, policy: Policy, plain: Tensor) -> Row:
 
 
 def timed(
-    branchy: MultiExitModel, plain: MultiExitModel, policy: Policy, images: Images, seconds: float
+    branchy: MultiExitModel,
+    plain: MultiExitModel,
+    policy: Policy,
+    images: Images,
+    seconds: float,
+    shares: Sequence[float] | None = None,
 ) -> Row:
-    """The plain network beside the one with branches, in turn, on the same test images."""
+    """The plain network beside the one with branches, in turn, on the same test images.
+
+    Args:
+        branchy: with branches.
+        plain: without; of one with branches, its backbone.
+        policy: by which rows leave.
+        images: whose test images are timed.
+        seconds: of timing, for each batch size.
+        shares: how many leave at each exit but the last, instead of the policy's thresholds.
+    """
     x = images.normalise(images.test[0][: BATCH * BATCHES])
     runner = Runner(branchy, policy, x[:4], engine=OnnxRuntime(threads=1))
+    if shares is not None:
+        scores = [np.asarray(answer.score) for answer in runner.anytime(x)][:-1]
+        runner = runner.under(Policy(policy.criterion, thresholds_for(scores, shares)))
     bare = bare_call(plain, x[:4], OnnxRuntime(threads=1))
     found: Row = {"in_one_call": runner.in_one_call}
     for size, count in ((1, SINGLE), (BATCH, BATCH * BATCHES)):

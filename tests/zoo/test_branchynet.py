@@ -21,8 +21,8 @@ def layers(module):
 @pytest.mark.parametrize(
     ("build", "main", "branches", "places"),
     [
-        (b_lenet, (3, 2), [(1, 1)], ("conv1",)),
-        (b_alexnet, (5, 3), [(2, 1), (1, 1)], ("conv1", "conv2")),
+        (b_lenet, (3, 2), [(1, 1)], ("pool1",)),
+        (b_alexnet, (5, 3), [(2, 1), (1, 1)], ("norm1", "norm2")),
         (b_resnet, (109, 1), [(3, 1), (2, 1)], ("layer1.0.conv1", "layer1.17")),
     ],
 )
@@ -53,14 +53,14 @@ def test_lenet_is_the_formula():
     net, x = model.backbone, torch.randn(3, 1, 28, 28)
     y = functional.conv2d(x, net.conv1.weight, net.conv1.bias, padding=3)
     branch = functional.max_pool2d(y, 2).relu()
-    branch = functional.conv2d(branch, model.heads[0][1].weight, model.heads[0][1].bias, padding=1)
+    branch = functional.conv2d(branch, model.heads[0][0].weight, model.heads[0][0].bias, padding=1)
     branch = functional.max_pool2d(branch, 2, ceil_mode=True).relu().flatten(1)
     for layer in (net.conv2, net.conv3):
         y = functional.max_pool2d(y, 2, ceil_mode=True).relu()
         y = functional.conv2d(y, layer.weight, layer.bias, padding=3)
     y = functional.max_pool2d(y, 2, ceil_mode=True).relu().flatten(1)
     early, late = model(x)
-    torch.testing.assert_close(early, model.heads[0][4](branch))
+    torch.testing.assert_close(early, model.heads[0][3](branch))
     torch.testing.assert_close(late, net.classifier(net.hidden(y)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from offramp.run.engines import Array, Engine, sent
 
-__all__ = ["Answer", "Result"]
+__all__ = ["Answer", "Result", "as_tensors"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,14 @@ class Result:
     logits: Array
     exit: Array
     score: Array
+
+
+def as_tensors(found: Result, device: torch.device) -> Result:
+    """Arrays of the processor as tensors that lie on a device."""
+    tensors = [torch.from_numpy(getattr(found, name)) for name in _NAMES]
+    if device.type != "cpu":
+        tensors = [sent(value, device) for value in tensors]
+    return Result(*tensors)
 
 
 @dataclass
@@ -84,3 +92,6 @@ class Answer:
         if not (like.is_cpu and isinstance(self.score, np.ndarray)):
             found = [sent(value, like.device) for value in found]
         return Result(*found)
+
+
+_NAMES = tuple(field.name for field in fields(Result))

@@ -257,6 +257,10 @@ class OnnxEngine(_NumpyArrays):
     def session(self, model: bytes) -> StepCall:
         """A function over arrays, in the order of the model's inputs and outputs."""
 
+    def joined_session(self, model: onnx.ModelProto) -> StepCall:
+        """The same for what :func:`offramp.run.onnx_rule.join` made."""
+        return self.session(model.SerializeToString())
+
     def load(self, steps: Sequence[Step]) -> StepCalls:
         """As in :class:`Engine`."""
         from offramp.run.onnx import convert, split
@@ -292,7 +296,7 @@ class OnnxEngine(_NumpyArrays):
         whole = None
         selects = any(axis.of for link in links for axis in link.rows.values() if axis is not None)
         if self.joins and not selects:
-            whole = self.session(join(model, links, finite).SerializeToString())
+            whole = self.joined_session(join(model, links, finite))
         return StepCalls(load, whole)
 
 
@@ -327,6 +331,38 @@ class OnnxRuntime(OnnxEngine):
 
     def session(self, model: bytes) -> StepCall:
         """As in :class:`OnnxEngine`."""
+        return _Session(self._made(model, self._options()))
+
+    def joined_session(self, model: onnx.ModelProto) -> StepCall:
+        """As in :class:`OnnxEngine`; rows are taken from maps in the layout that they have."""
+        if not any(node.op_type == "Conv" for node in model.graph.node):
+            return self.session(model.SerializeToString())
+        with tempfile.TemporaryDirectory() as folder:
+            return _Session(self._in_blocks(model.SerializeToString(), f"{folder}/model.onnx"))
+
+    def _in_blocks(self, model: bytes, path: str) -> Any:  # noqa: ANN401
+        import onnx
+        import onnxruntime
+
+        from offramp.run.onnx_blocked import take_in_blocks
+
+        options = self._options()
+        options.optimized_model_filepath = path
+        try:
+            session = self._made(model, options)
+            optimised = onnx.load(path)
+        except (StageError, OSError):  # it has no room, say; without the file nothing is lost
+            return self._made(model, self._options())
+        if not take_in_blocks(optimised):
+            return session
+        del session  # not both are held in memory
+        onnx.save(optimised, path)
+        del optimised
+        options = self._options()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return self._made(path, options)
+
+    def _options(self) -> Any:  # noqa: ANN401
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -337,13 +373,15 @@ class OnnxRuntime(OnnxEngine):
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if _one_arena():
             options.add_session_config_entry("session.use_env_allocators", "1")
+        return options
+
+    def _made(self, model: bytes | str, options: Any) -> Any:  # noqa: ANN401
+        import onnxruntime
+
         try:
-            session = onnxruntime.InferenceSession(
-                model, options, providers=["CPUExecutionProvider"]
-            )
+            return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors share no base but this
             raise _cannot("ONNX Runtime", error) from error
-        return _Session(session)
 
     def trim(self, call: StepCall, inputs: Sequence[Array]) -> None:
         """As in :class:`Engine`."""
@@ -362,7 +400,9 @@ class _Session:
         self._outputs = [value.name for value in session.get_outputs()]
 
     def __call__(self, values: Sequence[Array]) -> list[Array]:
-        return list(self._session.run(self._outputs, dict(zip(self._names, values, strict=False))))
+        given = dict(zip(self._names, values, strict=False))
+        found: list[Array] = self._session.run(self._outputs, given)
+        return found
 
     def trim(self, values: Sequence[Array]) -> None:
         """Run once, and then give back what the arena holds."""

@@ -24,6 +24,7 @@ from offramp.run.onnx_empty import allow_empty
 from offramp.run.onnx_forms import bring_into_form
 from offramp.run.onnx_guards import unguard
 from offramp.run.onnx_layout import keep_in_blocks
+from offramp.run.onnx_responses import write_out_responses
 from offramp.run.rows import RowAxis
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def convert(steps: Sequence[Step]) -> onnx.ModelProto:
     if converted is None:
         raise StageError("torch.onnx gave no model for these stages. Use engine='torch'.")
     model = converted.model_proto
+    write_out_responses(model)
     begins = [f"{k}/{name}" for k, s in enumerate(steps) if k for name in s.inputs]
     keep_in_blocks(model, begins)
     allow_empty(model, [f"0/{name}" for name in steps[0].inputs])

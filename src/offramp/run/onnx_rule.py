@@ -53,7 +53,7 @@ def connect(model: onnx.ModelProto, steps: Sequence[Link], names: Sequence[str])
             "argument of the forward."
         )
     guard(model, RECURRENT | POOLS, _of_the_first(model, steps))
-    return _Rule(model, steps, names).file()
+    return _Rule(model, steps, names, file=True).made()
 
 
 def join(model: onnx.ModelProto, steps: Sequence[Link], summed: Sequence[bool]) -> onnx.ModelProto:
@@ -65,10 +65,11 @@ def join(model: onnx.ModelProto, steps: Sequence[Link], summed: Sequence[bool]) 
         summed: for each input, whether it has to be finite.
 
     Returns:
-        A model with the step's inputs in order and ``thresholds`` (K - 1,) behind them. Outputs:
-        the logits (R_k, C) and score (R_k,) of each step for the rows that came there; and, where
-        some inputs in ``summed`` are in single precision, ``check`` (), their sum: finite where
-        they are (and maybe infinite where they are large).
+        A model with the step's inputs in order and a threshold () for every step but the last
+        behind them, the step's own by default. Outputs: the logits (R_k, C) and score (R_k,) of
+        each step for the rows that came there; and, where some inputs in ``summed`` are in single
+        precision, ``check`` (), their sum: finite where they are (and maybe infinite where they
+        are large).
 
     Raises:
         StageError: samples are taken out by a ``select`` function.
@@ -76,7 +77,7 @@ def join(model: onnx.ModelProto, steps: Sequence[Link], summed: Sequence[bool]) 
     unguard(model)
     guard(model, RECURRENT, _of_the_first(model, steps))
     names = [f"given/{k}" for k in range(len(steps[0].inputs))]
-    return _Rule(model, steps, names).joined(summed)
+    return _Rule(model, steps, names, file=False).made(summed)
 
 
 def _of_the_first(model: onnx.ModelProto, steps: Sequence[Link]) -> set[str]:
@@ -87,7 +88,9 @@ def _of_the_first(model: onnx.ModelProto, steps: Sequence[Link]) -> set[str]:
 class _Rule:
     """The steps one after the other, rows leaving between them."""
 
-    def __init__(self, model: onnx.ModelProto, steps: Sequence[Link], names: Sequence[str]) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, steps: Sequence[Link], names: Sequence[str], *, file: bool
+    ) -> None:
         if any(axis.of for step in steps for axis in step.rows.values() if axis is not None):
             raise StageError(
                 "This model takes its samples out of a batch by a select function of Python, which "
@@ -97,6 +100,13 @@ class _Rule:
         self.source = model
         self.steps = steps
         self.names = names
+        self.file = file
+        own = [np.array(step.threshold, np.float32) for step in steps[:-1]]
+        # A file has all thresholds in one input, for whoever calls it. A runner gives them seldom,
+        # and taking them apart would be a kernel in every call.
+        self.limits = {f"rule/threshold_{k}": limit for k, limit in enumerate(own)}
+        if file:
+            self.limits = {"thresholds": np.array(own, np.float32)} if own else {}
         graph = model.graph
         self.known = {v.name: v for v in (*graph.input, *graph.output, *graph.value_info)}
         self.nodes: list[onnx.NodeProto] = []
@@ -113,7 +123,7 @@ class _Rule:
         live = dict(zip(self.steps[0].inputs, self.names, strict=True))
         placed: set[str] = set()  # a constant may serve several parts
         limits = [f"rule/threshold_{k}" for k in range(len(self.steps) - 1)]
-        if limits:
+        if self.file and limits:
             self.nodes.append(
                 helper.make_node("Split", ["thresholds"], limits, axis=0, num_outputs=len(limits))
             )
@@ -135,7 +145,7 @@ class _Rule:
     def _free_names(self, parts: Sequence[Sequence[onnx.NodeProto]]) -> None:
         """Rename inner values that are called as the graph's own inputs and outputs are."""
         nodes = [node for part in parts for node in part]
-        public = {*self.names, "thresholds", *_OUTPUTS, "check"}
+        public = {*self.names, *self.limits, *_OUTPUTS, "check"}
         clash = public.intersection(name for node in nodes for name in node.output)
         for node in nodes:
             for values in (node.input, node.output):
@@ -181,7 +191,11 @@ class _Rule:
 
     # -- what comes out ----------------------------------------------------------------------------
 
-    def file(self) -> onnx.ModelProto:
+    def made(self, summed: Sequence[bool] = ()) -> onnx.ModelProto:
+        """The model."""
+        return self._file() if self.file else self._joined(summed)
+
+    def _file(self) -> onnx.ModelProto:
         answer = self._answers()
         for name in ("logits", "exit", "score"):
             self.nodes.append(helper.make_node("Identity", [answer[name]], [name]))
@@ -225,7 +239,7 @@ class _Rule:
             answer["exit"] = self._add("Expand", [self._constant(self.steps[last].exit), size])
         return answer
 
-    def joined(self, summed: Sequence[bool]) -> onnx.ModelProto:
+    def _joined(self, summed: Sequence[bool]) -> onnx.ModelProto:
         inputs = [
             name
             for name, inner, wanted in zip(self.names, self.steps[0].inputs, summed, strict=True)
@@ -249,7 +263,6 @@ class _Rule:
     def _model(
         self, outputs: Sequence[onnx.ValueInfoProto], info: Sequence[onnx.ValueInfoProto] = ()
     ) -> onnx.ModelProto:
-        defaults = np.array([s.threshold for s in self.steps[:-1]], np.float32)
         inputs = []
         for name, inner in zip(self.names, self.steps[0].inputs, strict=True):
             value = onnx.ValueInfoProto()
@@ -257,10 +270,9 @@ class _Rule:
             value.name = name
             inputs.append(value)
         made = [numpy_helper.from_array(v, name) for name, v in self.constants.items()]
-        if len(defaults):
-            kind = helper.make_tensor_value_info("thresholds", TensorProto.FLOAT, defaults.shape)
-            inputs.append(kind)
-            made.append(numpy_helper.from_array(defaults, "thresholds"))
+        for name, limit in self.limits.items():
+            inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, limit.shape))
+            made.append(numpy_helper.from_array(limit, name))
         known = {value.name for value in made}
         kept = [value for value in self.source.graph.initializer if value.name not in known]
         graph = helper.make_graph(

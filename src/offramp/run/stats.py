@@ -55,9 +55,9 @@ class Tally:
         self._missed = 0
         self._new: deque[tuple[list[int], int]] = deque()  # appending to it needs no lock
 
-    def add(self, exits: np.ndarray, missed: int) -> None:
-        """Note a batch: the exit of each sample (B,), and how many missed their deadline."""
-        self._new.append((exits.tolist(), missed))
+    def add(self, exits: list[int], missed: int = 0) -> None:
+        """Note a batch: the exit of each sample, and how many missed their deadline."""
+        self._new.append((exits, missed))
         if len(self._new) > NOTED:
             with self._lock:
                 self._count()

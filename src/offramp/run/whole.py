@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from offramp.run.answers import Answer
+from offramp.run.answers import Answer, Result
 from offramp.run.chain import Link
 from offramp.run.engines import Array, Engine, StepCall
 
@@ -32,12 +32,14 @@ class Whole:
         self._call = call
         self._exits = [link.exit for link in links]
         self._taken = [np.array([link.exit]) for link in links]
-        self._limits = np.array([link.threshold for link in links[:-1]], np.float32)
-        self._more = [self._limits] if len(links) > 1 else []  # a single step has no such input
+        self._limits = [np.array(link.threshold, np.float32) for link in links[:-1]]
+        self._more: list[np.ndarray] = []  # thresholds, where they are not those that it has
 
     def under(self, links: Sequence[Link]) -> Whole:
         """The same call under the thresholds of other links."""
-        return Whole(self._engine, self._call, links)
+        other = Whole(self._engine, self._call, links)
+        other._more = other._limits
+        return other
 
     def trim(self, inputs: Sequence[Array]) -> None:
         """As in :class:`offramp.run.engines.Engine`."""
@@ -47,34 +49,35 @@ class Whole:
         """The answers to a batch."""
         said = self._call([*inputs, *self._more])
         summed = said.pop() if len(said) % 2 else 0.0
-        logits, scores = said[::2], said[1::2]
-        if len(logits[0]) == 1:
-            return self._single(logits, scores, summed)
-        answer = self._together(logits, scores)
+        answer = self._together(said[::2], said[1::2])
         # Sums are quick; where large values overflow them, all are looked at.
         with np.errstate(over="ignore", invalid="ignore"):
             total = answer.logits.sum()
         answer.finite = math.isfinite(summed) and math.isfinite(total)
         return answer
 
-    def _single(
-        self, logits: Sequence[np.ndarray], scores: Sequence[np.ndarray], summed: float
-    ) -> Answer:
-        """Of one row, with as little code as can be: the engine's call has emptied the caches."""
-        last = len(logits) - 1
-        while not len(logits[last]):
+    def single(self, inputs: Sequence[np.ndarray]) -> tuple[int, Result | None]:
+        """The answer to one row; nothing if it or its logits may not be finite.
+
+        With as little code as can be: the engine's call has emptied the caches of the processor,
+        so that each thing that is done here for the first time is fetched from memory.
+
+        Returns:
+            The exit's number, and the answer.
+        """
+        said = self._call([*inputs, *self._more] if self._more else inputs)
+        last = len(self._exits) - 1
+        while not len(said[2 * last]):
             last -= 1
-        own = logits[last]
-        prediction = own.argmax(-1)  # NaN counts as the largest
-        ends = own.item(prediction.item()) - own.item(own.argmin())
-        return Answer(
-            self._engine,
-            self._taken[last].copy(),
-            own,
-            scores[last],
-            prediction,
-            math.isfinite(summed) and math.isfinite(ends),
-        )
+        logits, exit = said[2 * last], self._exits[last]
+        prediction = logits.argmax(-1)  # NaN counts as the largest
+        far = logits.item(prediction.item()) - logits.item(logits.argmin())
+        if len(said) % 2:
+            far += said[-1].item()
+        # Infinite values of both signs give NaN; a sum that overflows is looked at by who calls.
+        if not math.isfinite(far):
+            return exit, None
+        return exit, Result(prediction, logits, self._taken[last].copy(), said[2 * last + 1])
 
     def _together(self, logits: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> Answer:
         # What the first step says of all rows is written over by what later ones say of some.

@@ -41,6 +41,7 @@ from offramp.train.optimizers import (
     schedule_of,
 )
 from offramp.train.phases import Phase
+from offramp.train.precision import AUTO, fastest_precision
 from offramp.train.progress import ProgressLine
 from offramp.train.schemes import Scheme, as_plan
 
@@ -230,7 +231,9 @@ def fit(
             no file is written at all.
         checkpoint_every: write one every so many steps, too.
         resume: go on from the checkpoint in the folder, if there is one.
-        precision: of Lightning's Trainer, such as ``"bf16-mixed"``.
+        precision: of Lightning's Trainer, such as ``"bf16-mixed"``; ``"auto"``: that where the
+            machine multiplies bfloat16 by itself, else ``"32-true"``. A training that goes on stays
+            with what it began in.
         accumulate: batches whose gradients are summed up for a step.
         clip: largest norm of the gradient.
         accelerator: of Lightning's Trainer, such as ``"cpu"``.
@@ -254,6 +257,10 @@ def fit(
     plan = as_plan(scheme, model.num_exits, epochs)
     train = EpochLoader(loader, seed=seed, num_classes=model.num_classes, select=model.select)
     rate = DEFAULT_LR if lr is None else lr
+    folder = None if checkpoint is None else Path(checkpoint)
+    found = read_checkpoint(folder) if resume and folder is not None else None
+    if precision == AUTO:
+        precision = found.run["precision"] if found else fastest_precision(accelerator)
     settings = Settings(
         seed=seed,
         optimizer=optimizer or partial(adamw, lr=rate),
@@ -262,7 +269,7 @@ def fit(
         accumulate=accumulate,
         clip=clip,
         accelerator=accelerator,
-        folder=None if checkpoint is None else Path(checkpoint),
+        folder=folder,
         every=checkpoint_every,
         run={
             "plan": re.sub(r" at 0x[0-9a-f]+", "", str(plan)),
@@ -287,7 +294,7 @@ def fit(
                 select=model.select,
             )
         session = Session(model, History(plan), settings, train, judge, ProgressLine(False, 0))
-        _resume(session, resume)
+        _resume(session, found)
         _take_census(session)
         done = session.position.epochs_done
         try:
@@ -300,9 +307,8 @@ def fit(
     return session.history
 
 
-def _resume(session: Session, wanted: bool) -> None:
+def _resume(session: Session, found: Checkpoint | None) -> None:
     folder = session.settings.folder
-    found = read_checkpoint(folder) if wanted and folder is not None else None
     if found is None or folder is None:
         return
     run = session.settings.run

@@ -39,11 +39,11 @@ RECIPES = (
     Recipe(
         "b-alexnet", _PAPER, "AlexNet for small images, two branches; CIFAR-10",
         b_alexnet, "cifar10", _screened, _ADAM, _joint(2),
-        epochs=20, pad=4, flip=True, precision="bf16-mixed",
+        epochs=20, pad=4, flip=True, precision="auto",
     ),
     Recipe(
         "b-resnet110", _PAPER, "ResNet-110, two branches; CIFAR-10",
         partial(b_resnet, 110), "cifar10", _screened, _SGD, _joint(2),
-        epochs=30, pad=4, flip=True, precision="bf16-mixed",
+        epochs=30, pad=4, flip=True, precision="auto",
     ),
 )  # fmt: skip

@@ -32,6 +32,6 @@ RECIPES = (
         batch=64,
         pad=4,
         flip=True,
-        precision="bf16-mixed",
+        precision="auto",
     ),
 )

@@ -36,21 +36,21 @@ RECIPES = (
     Recipe(
         "sdn-vgg16", _PAPER, "VGG-16, six internal classifiers; CIFAR-10",
         sdn_vgg16, "cifar10", _shared, _DECAYED, _GROWING,
-        epochs=15, pad=4, flip=True, precision="bf16-mixed",
+        epochs=15, pad=4, flip=True, precision="auto",
     ),
     Recipe(
         "sdn-resnet56", _PAPER, "ResNet-56, six internal classifiers; CIFAR-10",
         sdn_resnet, "cifar10", _shared, _SGD, _GROWING,
-        epochs=30, pad=4, flip=True, precision="bf16-mixed",
+        epochs=30, pad=4, flip=True, precision="auto",
     ),
     Recipe(
         "sdn-wrn32-4", _PAPER, "WRN-32-4, six internal classifiers; CIFAR-10",
         sdn_wide_resnet, "cifar10", _shared, _DECAYED, _GROWING,
-        epochs=8, pad=4, flip=True, precision="bf16-mixed",
+        epochs=8, pad=4, flip=True, precision="auto",
     ),
     Recipe(
         "sdn-mobilenet", _PAPER, "MobileNet, six internal classifiers; CIFAR-10",
         sdn_mobilenet, "cifar10", _shared, _SGD, _GROWING,
-        epochs=30, pad=4, flip=True, precision="bf16-mixed",
+        epochs=30, pad=4, flip=True, precision="auto",
     ),
 )  # fmt: skip

@@ -185,7 +185,7 @@ def fine_tune(
         scheme=scheme,
         epochs=epochs,
         optimizer=partial(_optimizer, set(model.heads.parameters())),
-        precision="bf16-mixed",
+        precision="auto",
         seed=seed,
         checkpoint=out,
         progress=progress,
