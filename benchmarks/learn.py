@@ -39,7 +39,6 @@ from benchmarks.learning.steps import measure_memory, measure_steps
 from benchmarks.learning.tasks import BATCH, DENSE, HELD_OUT, LONG, PARTS, TASKS, quick
 from benchmarks.traces import normalise
 from benchmarks.writing import processor, versions, write_result
-from offramp.train.precision import fastest_precision
 
 HERE = Path(__file__).parent
 DENSE_SETTING = "joint_distill"
@@ -210,11 +209,7 @@ def _figures(keep: Keep, runs: list[Run]) -> list[Rows]:
         if not path.is_file():
             found = figures(run, folds_of(run, keep), folds_of(run.plain, keep))
             write_result(path, found)
-        machine = {
-            "processor": processor(),
-            "versions": versions(PACKAGES),
-            "precision": fastest_precision(),
-        }
+        machine = {"processor": processor(), "versions": versions(PACKAGES)}
         rows.append(machine | run.about(keep) | json.loads(path.read_text("utf-8")))
     return rows
 

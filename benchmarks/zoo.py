@@ -85,7 +85,10 @@ def _branchynet(name: str, given: argparse.Namespace) -> Row:
         drop=DROP.get(name, 0.0),
     )
     if given.retime:
-        return retimed(name, wanted, _before(given)[name])
+        before = _before(given).get(name)
+        if before is None:
+            raise SystemExit(f"{given.json} has no {name} to time anew; leave out --retime")
+        return retimed(name, wanted, before)
     return measure_branchynet(name, wanted)
 
 

@@ -27,8 +27,9 @@ from benchmarks.traces import normalise
 from benchmarks.writing import trained_on, versions
 from offramp.build.model import MultiExitModel
 from offramp.decide import Trace
+from offramp.train.checkpoint import read_checkpoint
 from offramp.train.optimizers import adamw
-from offramp.train.precision import AUTO, fastest_precision
+from offramp.train.precision import AUTO
 
 __all__ = ["PACKAGES", "SGD_RATE", "Keep", "Run", "model_of", "train"]
 
@@ -155,6 +156,8 @@ def _train(run: Run, keep: Keep) -> None:
         checkpoint=folder / "checkpoint",
         progress=False,
     )
+    kept = read_checkpoint(folder / "checkpoint")
+    precision = AUTO if kept is None else kept.run["precision"]  # that it began in
     model.to(memory_format=torch.contiguous_format)
     for part in ("held", "test"):
         if f"{part}_x" in data:
@@ -167,7 +170,7 @@ def _train(run: Run, keep: Keep) -> None:
     about = {
         "processor": trained_on(),
         "versions": versions(PACKAGES),
-        "precision": fastest_precision(),
+        "precision": precision,
         "task": task.name,
         "setting": run.setting.name,
         "seed": run.seed,

@@ -22,7 +22,7 @@ from benchmarks.learning.settings import PLAIN, SETTINGS
 from benchmarks.learning.tasks import BATCH, TASKS, Task
 from offramp.build.model import MultiExitModel
 from offramp.train.optimizers import adamw
-from offramp.train.precision import AUTO
+from offramp.train.precision import AUTO, fastest_precision
 
 __all__ = ["TIMED", "measure_memory", "measure_steps"]
 
@@ -68,6 +68,11 @@ class Clocked:
             yield self.batch
 
 
+def _half() -> torch.autocast:
+    """As ``fit`` computes here by itself."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=fastest_precision("cpu") == "bf16-mixed")
+
+
 def by_hand(network: nn.Module, loader: Clocked) -> None:
     """The plain network in the shortest loop there is: two walks, nothing counted or kept."""
     network.train().to(memory_format=torch.channels_last)
@@ -75,7 +80,7 @@ def by_hand(network: nn.Module, loader: Clocked) -> None:
     for epoch in range(2):
         loader.set_epoch(epoch)
         for x, y in loader:
-            with torch.autocast("cpu", torch.bfloat16):
+            with _half():
                 logits = network(x)
             loss = functional.cross_entropy(logits.float(), y)
             optimizer.zero_grad()
@@ -104,7 +109,7 @@ def heads_by_hand(model: MultiExitModel, loader: Clocked) -> None:
     hooks = [
         t.register_forward_hook(lambda _, __, out: features.append(out.detach())) for t in taps
     ]
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), _half():
         model.backbone(loader.batch[0])
     for hook in hooks:
         hook.remove()
@@ -113,7 +118,7 @@ def heads_by_hand(model: MultiExitModel, loader: Clocked) -> None:
     for epoch in range(2):
         loader.set_epoch(epoch)
         for _, y in loader:
-            with torch.autocast("cpu", torch.bfloat16):
+            with _half():
                 logits = [head(x) for head, x in zip(model.heads, features, strict=True)]
             loss = torch.stack([functional.cross_entropy(z.float(), y) for z in logits]).sum()
             optimizer.zero_grad()

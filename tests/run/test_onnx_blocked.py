@@ -123,8 +123,25 @@ def test_a_map_that_somebody_else_reads_in_the_plain_layout_is_kept(tmp_path: Pa
     assert model.SerializeToString() == before
 
 
-@pytest.mark.parametrize("room", [True, False])
-def test_a_runner_has_it_where_there_is_room(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_read_inside_of_a_branch_is_not_touched(tmp_path: Path) -> None:
+    _, model = optimised(32, tmp_path / "model.onnx")
+    (taken,) = (node for node in model.graph.node if node.op_type == "Compress")
+    inner = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", [taken.output[0]], ["inner"])],
+        "branch",
+        [],
+        [onnx.helper.make_tensor_value_info("inner", onnx.TensorProto.FLOAT, None)],
+    )
+    model.graph.node.append(
+        onnx.helper.make_node("If", ["asked"], ["out"], then_branch=inner, else_branch=inner)
+    )
+    before = model.SerializeToString()
+    assert not take_in_blocks(model)
+    assert model.SerializeToString() == before
+
+
+@pytest.mark.parametrize("room", ["enough", "none", "for one"])
+def test_a_runner_has_it_where_there_is_room(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "compare", lambda ways, **_: dict.fromkeys(ways, 1.0))
     changed = []
 
@@ -133,7 +150,9 @@ def test_a_runner_has_it_where_there_is_room(room: bool, monkeypatch: pytest.Mon
         return changed[-1]
 
     monkeypatch.setattr("offramp.run.onnx_blocked.take_in_blocks", noted)
-    if not room:
+    if room == "for one":
+        monkeypatch.setattr(onnx, "save", lambda *_: Path("/dev/full").write_text("x" * 9999))
+    if room == "none":
         made = OnnxRuntime._made
 
         def full(self: OnnxRuntime, model: bytes | str, options: object) -> object:
@@ -146,7 +165,7 @@ def test_a_runner_has_it_where_there_is_room(room: bool, monkeypatch: pytest.Mon
     policy = Policy("confidence", [middle(model)])
     one = Runner(model, policy, x, engine=OnnxRuntime(threads=1))
     assert one.in_one_call
-    assert len(changed) == room
+    assert len(changed) == (room != "none")
     with torch.no_grad():
         wanted = model.eval()(x)
     got = one(x)

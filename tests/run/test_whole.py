@@ -88,6 +88,43 @@ def test_arrays_come_back_for_arrays() -> None:
         np.testing.assert_array_equal(getattr(arrays, name), getattr(tensors, name).numpy())
 
 
+def test_a_row_after_another_is_answered_as_it_would_be_alone(tmp_path: Path) -> None:
+    """What came before opens a shorter way; it is taken by rows of the same kind alone."""
+    (one, stepwise) = both("cnn", [0.6, 0.6])
+    x = example_of("cnn", 6, 3)
+    assert isinstance(x, Tensor)
+    rows = [x[k : k + 1] for k in range(6)]
+    np.save(tmp_path / "rows.npy", x.numpy())
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    for k, row in enumerate(rows):
+        wanted = stepwise(row)
+        for other in (row.numpy(), row, mapped[k : k + 1], row.numpy(), np.asfortranarray(row)):
+            got = one(other)
+            assert isinstance(got.logits, Tensor if isinstance(other, Tensor) else np.ndarray)
+            assert int(got.exit[0]) == int(wanted.exit[0])
+            np.testing.assert_allclose(got.logits, wanted.logits, rtol=1e-5, atol=1e-5)
+    assert one.stats.samples == 5 * len(rows)
+    assert one.stats.exits == tuple(5 * count for count in stepwise.stats.exits)
+    with pytest.raises(DataError, match="expected float32"):
+        one(rows[0].numpy().astype(np.float64))
+    with pytest.raises(DataError, match="expected float32"):
+        one(rows[0].numpy().astype(">f4"))
+    one.in_one_call = False
+    assert one(rows[0].numpy()).exit.tolist() == stepwise(rows[0]).exit.tolist()
+
+
+def test_other_thresholds_are_taken_by_rows_that_came_before() -> None:
+    x = example_of("cnn", 1, 3)
+    assert isinstance(x, Tensor)
+    (one, _) = both("cnn", [2.0, 2.0])
+    for _ in range(3):
+        assert one(x.numpy()).exit.tolist() == [2]
+    leaves = one.under(Policy("confidence", [-1.0, 2.0]))
+    for _ in range(3):
+        assert leaves(x.numpy()).exit.tolist() == [0]
+        assert one(x.numpy()).exit.tolist() == [2]
+
+
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_refused(size: int, bad: float) -> None:
@@ -95,6 +132,12 @@ def test_what_is_not_finite_is_refused(size: int, bad: float) -> None:
     assert isinstance(x, Tensor)
     x[-1].view(-1)[3] = bad
     (at_once, _) = both("cnn", [-math.inf, -math.inf])
+    good = example_of("cnn", size, 1)
+    assert isinstance(good, Tensor)
+    for _ in range(2):  # the second time by the way that the first has opened
+        with pytest.raises(DataError, match=f"row {size - 1} .* not finite"):
+            at_once(x.numpy())
+        at_once(good.numpy())
     with pytest.raises(DataError, match=f"row {size - 1} .* not finite"):
         at_once(x)
 

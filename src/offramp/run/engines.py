@@ -351,16 +351,15 @@ class OnnxRuntime(OnnxEngine):
         try:
             session = self._made(model, options)
             optimised = onnx.load(path)
-        except (StageError, OSError):  # it has no room, say; without the file nothing is lost
-            return self._made(model, self._options())
-        if not take_in_blocks(optimised):
-            return session
-        del session  # not both are held in memory
-        onnx.save(optimised, path)
-        del optimised
-        options = self._options()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return self._made(path, options)
+            if not take_in_blocks(optimised):
+                return session
+            onnx.save(optimised, path)
+            del session, optimised  # not both are held in memory
+            options = self._options()
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+            return self._made(path, options)
+        except Exception:  # no room, say: without the file nothing is lost, and what is wrong
+            return self._made(model, self._options())  # with the model is said here
 
     def _options(self) -> Any:  # noqa: ANN401
         import onnxruntime

@@ -28,6 +28,8 @@ def take_in_blocks(model: onnx.ModelProto) -> bool:
         Whether anything was.
     """
     graph = model.graph
+    if any(a.HasField("g") or a.graphs for node in graph.node for a in node.attribute):
+        return False  # what is read inside of an If or a Loop is not looked at
     made = {name: node for node in graph.node for name in node.output}
     readers: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     for node in graph.node:
@@ -39,7 +41,9 @@ def take_in_blocks(model: onnx.ModelProto) -> bool:
         if node.op_type != _TAKE or node.output[0] in public or _attribute(node, "axis") != 0:
             continue
         before, after = made.get(node.input[0]), readers[node.output[0]]
-        if before is None or not _fills_its_blocks(before) or not all(map(_into_blocks, after)):
+        if before is None or not _fills_its_blocks(before):
+            continue
+        if not after or not all(map(_into_blocks, after)):
             continue
         node.input[0] = before.input[0]
         for reorder in after:

@@ -4,7 +4,8 @@ torch exports it as a mean over three dimensions of which two are one wide, and 
 For both, ONNX Runtime has one loop over single numbers only: in AlexNet for small images they took
 half of the time. The sum over neighbouring channels is a convolution with ones where a channel is
 in the window, which also multiplies by alpha and adds k; and ``y ** 0.75`` is the square root of y
-times the square root of that.
+times the square root of that. (Where the square of a feature overflows, torch divides by infinity;
+the convolution gives NaN, and a runner refuses the row.)
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ def write_out_responses(model: onnx.ModelProto) -> None:
     for node in list(model.graph.node):
         if node.op_type == "AveragePool":
             graph.window(node)
-        elif node.op_type == "Pow":
-            graph.root(node)
 
 
 class _Graph:
@@ -56,10 +55,12 @@ class _Graph:
         padded, last = self.made_by.get(pool.input[0]), self._only_reader(pool.output[0])
         if padded is None or last is None or last.op_type != "Squeeze":
             return
-        before, spread = self._channels_padded(padded, width - 1), self._source(padded)
+        dimensions = len(others)
+        before = self._channels_padded(padded, width - 1)
+        spread = self._source(padded, dimensions)
         if before is None or spread is None or self._numbers(last, 1) != [1]:
             return
-        source, channels, dimensions = spread
+        source, channels = spread
         factor, added = 1.0 / width, 0.0
         # A change of shape that leaves the shape as it is has been taken out by the exporter.
         following = self._only_reader(last.output[0])
@@ -84,14 +85,18 @@ class _Graph:
             self.graph.initializer.append(numpy_helper.from_array(bias, inputs[2]))
         made = helper.make_node("Conv", inputs, [result], kernel_shape=[1] * dimensions)
         last.CopyFrom(made)
-        self.made_by[result] = last
+        if added > 0 and factor > 0:
+            self._root(result)
 
-    def root(self, power: onnx.NodeProto) -> None:
-        """A power of quarters, below one."""
-        exponent = self._scalar(power, power.input[0])
+    def _root(self, source: str) -> None:
+        """A power of quarters, below one, of what is positive: no zero has a sign there."""
+        power = self._only_reader(source)
+        if power is None or power.op_type != "Pow" or power.input[0] != source:
+            return
+        exponent = self._scalar(power, source)
         if exponent not in QUARTERS:
             return
-        source, result = power.input[0], power.output[0]
+        result = power.output[0]
         once, twice = f"{result}/root", f"{result}/root_of_root"
         nodes = [
             helper.make_node("Sqrt", [source], [once]),
@@ -120,26 +125,29 @@ class _Graph:
         pads, value = self._numbers(node, 1), self._numbers(node, 2)
         if pads is None or (len(node.input) > 2 and node.input[2] and value != [0]):
             return None
+        if len(node.input) > 3:  # only some axes
+            return None
         before, behind = 2, 2 + len(pads) // 2
         if len(pads) < 8 or any(pads[:2] + pads[3:behind] + pads[behind + 1 :]):
             return None
         fits = min(pads) >= 0 and pads[before] + pads[behind] == wanted
         return int(pads[before]) if fits else None
 
-    def _source(self, padded: onnx.NodeProto) -> tuple[str, int, int] | None:
-        """What was spread out to (B, 1, C, ...): its name, C, and the dimensions behind C."""
+    def _source(self, padded: onnx.NodeProto, dimensions: int) -> tuple[str, int] | None:
+        """What was spread out to (B, 1, C, ...), with so many dimensions behind C; and C."""
         spread = self.made_by.get(padded.input[0])
-        if spread is None or spread.op_type not in ("Reshape", "Unsqueeze"):
-            return None
-        known = self.known.get(spread.input[0])
-        if known is None or known.elem_type != TensorProto.FLOAT:
+        known = None if spread is None else self.known.get(spread.input[0])
+        if spread is None or known is None or known.elem_type != TensorProto.FLOAT:
             return None
         sizes = [d.dim_value for d in known.shape.dim]
-        if len(sizes) < 3 or not sizes[1]:
+        if len(sizes) != 2 + dimensions or not sizes[1]:
             return None
         to = self._numbers(spread, 1)
-        fits = to == [1] if spread.op_type == "Unsqueeze" else to and to[1:3] == [1, sizes[1]]
-        return (spread.input[0], sizes[1], len(sizes) - 2) if fits else None
+        if spread.op_type == "Reshape":
+            fits = to is not None and to[1:] == [1, *sizes[1:]]
+        else:
+            fits = spread.op_type == "Unsqueeze" and to == [1]
+        return (spread.input[0], sizes[1]) if fits else None
 
     def _only_reader(self, name: str) -> onnx.NodeProto | None:
         found = [node for node in self.graph.node if name in node.input]
@@ -153,7 +161,7 @@ class _Graph:
         if constant is None:
             return None
         value = numpy_helper.to_array(constant)
-        return float(value.reshape(())) if value.size == 1 else None
+        return float(value.reshape(())) if value.size == 1 and value.ndim < 2 else None
 
     def _numbers(self, node: onnx.NodeProto, index: int) -> list[int] | None:
         if index >= len(node.input) or node.input[index] not in self.constants:

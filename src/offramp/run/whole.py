@@ -24,7 +24,7 @@ class Whole:
     Args:
         engine: whose call it is.
         call: what :func:`offramp.run.onnx_rule.join` describes, executable.
-        links: the steps.
+        links: the steps that were joined; their thresholds are those that the call has by itself.
     """
 
     def __init__(self, engine: Engine, call: StepCall, links: Sequence[Link]) -> None:

@@ -295,6 +295,7 @@ def fit(
             )
         session = Session(model, History(plan), settings, train, judge, ProgressLine(False, 0))
         _resume(session, found)
+        found = None  # its tensors are freed when the session has put them back
         _take_census(session)
         done = session.position.epochs_done
         try:

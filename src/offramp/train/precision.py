@@ -20,10 +20,10 @@ def fastest_precision(accelerator: str = "auto") -> str:
     """
     if accelerator != "cpu" and torch.cuda.is_available():
         own = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        known: dict[str, bool] = getattr(
-            torch.cpu, "get_capabilities", dict
-        )()  # younger than torch 2.9
-        # The names of x86 and of ARM.
+    elif accelerator == "cpu" or not torch.accelerator.is_available():
+        # Younger than torch 2.9. The names are those of x86 and of ARM.
+        known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
         own = any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    else:
+        own = False  # other devices are not told apart
     return "bf16-mixed" if own else "32-true"
