@@ -357,7 +357,8 @@ def _check_file(
             got = (logits, prediction, exit)
             far = max(far, _compare(what, got, wanted, rows, TOLERANCE[False]))
             limited = [replace(k, threshold=t) for k, t in zip(links[:-1], given, strict=True)]
-            whole = Whole(engine, one, links).under([*limited, links[-1]])
+            own = [link.threshold for link in links[:-1]]
+            whole = Whole(engine, one, [*limited, links[-1]], own)
             said = whole([value[rows] for value in arrays.values()]).result(logits)
             got = (said.logits, said.prediction, said.exit)
             what = f"In one call, {mix}, a batch of {len(logits)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -123,6 +124,23 @@ def test_other_thresholds_are_taken_by_rows_that_came_before() -> None:
     for _ in range(3):
         assert leaves(x.numpy()).exit.tolist() == [0]
         assert one(x.numpy()).exit.tolist() == [2]
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_calls_that_were_made_for_other_thresholds_are_given_these(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "compare", lambda ways, **_: dict.fromkeys(ways, 1.0))
+    one, x = made("cnn"), example_of("cnn", size, 3)
+    for limits, exit in ([-1.0, 2.0], 0), ([2.0, -1.0], 1), ([2.0, 2.0], 2):
+        pairs = zip(one._links, [*limits, -math.inf], strict=True)
+        links = [replace(link, threshold=limit) for link, limit in pairs]
+        policy = Policy("confidence", limits)
+        other = Runner.of_links(
+            one.engine, links, one._calls, policy, one.costs, one.places, one.call, 1.0
+        )
+        assert other.in_one_call
+        assert other(x).exit.tolist() == [exit] * size
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -215,14 +215,22 @@ class StepCalls(Sequence[StepCall]):
     Attributes:
         whole: all steps in one call, as :func:`offramp.run.onnx_rule.join` describes it; ``None``
             where the engine, or this model, has none.
+        limits: the thresholds that this call has by itself.
 
     Args:
         load: makes them executable, now and after a release.
         whole: see above.
+        limits: see above.
     """
 
-    def __init__(self, load: Callable[[], list[StepCall]], whole: StepCall | None) -> None:
+    def __init__(
+        self,
+        load: Callable[[], list[StepCall]],
+        whole: StepCall | None,
+        limits: Sequence[float],
+    ) -> None:
         self.whole = whole
+        self.limits = tuple(limits)
         self._load = load
         # At once, so that an engine that cannot execute them says so here.
         self._loaded: list[StepCall] | None = load()
@@ -297,7 +305,7 @@ class OnnxEngine(_NumpyArrays):
         selects = any(axis.of for link in links for axis in link.rows.values() if axis is not None)
         if self.joins and not selects:
             whole = self.joined_session(join(model, links, finite))
-        return StepCalls(load, whole)
+        return StepCalls(load, whole, [link.threshold for link in links[:-1]])
 
 
 def _put_aside(models: Sequence[bytes]) -> Callable[[], list[bytes]]:

@@ -181,9 +181,7 @@ def _in_one_call(runner: Runner, staged: StagedModel) -> None:
     for limits in (own, [math.inf] * count, [-math.inf] * count, [*map(_between, scores[:-1])]):
         thresholds = [*limits, -math.inf]
         links = [replace(k, threshold=t) for k, t in zip(runner._links, thresholds, strict=True)]
-        other, whole = runner._with(links), runner._whole
-        if limits is not own:  # which the call has by itself
-            whole = whole.under(links)
+        other, whole = runner._with(links), runner._whole.under(links)
         near = [(s - t).abs() <= TOLERANCE[False] for s, t in zip(scores, limits, strict=False)]
         clear = ~torch.stack(near).any(0).numpy() if near else np.ones(staged.samples, bool)
         wanted = other._execute(inputs, other._leaving)

@@ -148,7 +148,7 @@ class Runner:
         self._selector = selector
         self._whole: Whole | None = None
         if isinstance(calls, StepCalls) and calls.whole is not None and selector is None:
-            self._whole = Whole(engine, calls.whole, self._links)
+            self._whole = Whole(engine, calls.whole, self._links, calls.limits)
         # What is not in single precision is not looked at inside of the one call.
         pairs = zip(call.finite, call.tensors, strict=True)
         self._looks = any(finite and value.dtype != torch.float32 for finite, value in pairs)

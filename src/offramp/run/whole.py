@@ -24,22 +24,25 @@ class Whole:
     Args:
         engine: whose call it is.
         call: what :func:`offramp.run.onnx_rule.join` describes, executable.
-        links: the steps that were joined; their thresholds are those that the call has by itself.
+        links: the steps.
+        own: the thresholds that the call has by itself; others are given to it.
     """
 
-    def __init__(self, engine: Engine, call: StepCall, links: Sequence[Link]) -> None:
+    def __init__(
+        self, engine: Engine, call: StepCall, links: Sequence[Link], own: Sequence[float]
+    ) -> None:
         self._engine = engine
         self._call = call
         self._exits = [link.exit for link in links]
         self._taken = [np.array([link.exit]) for link in links]
         self._limits = [np.array(link.threshold, np.float32) for link in links[:-1]]
-        self._more: list[np.ndarray] = []  # thresholds, where they are not those that it has
+        self._own = tuple(own)
+        known = self._own == tuple(link.threshold for link in links[:-1])
+        self._more = [] if known else self._limits
 
     def under(self, links: Sequence[Link]) -> Whole:
         """The same call under the thresholds of other links."""
-        other = Whole(self._engine, self._call, links)
-        other._more = other._limits
-        return other
+        return Whole(self._engine, self._call, links, self._own)
 
     def trim(self, inputs: Sequence[Array]) -> None:
         """As in :class:`offramp.run.engines.Engine`."""
