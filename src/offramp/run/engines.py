@@ -366,8 +366,10 @@ class OnnxRuntime(OnnxEngine):
             options = self._options()
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
             return self._made(path, options)
-        except Exception:  # no room, say: without the file nothing is lost, and what is wrong
-            return self._made(model, self._options())  # with the model is said here
+        except Exception:
+            # No room for the file, say. Nothing is lost without it: the model is loaded as it is,
+            # and if it was the model that failed, it fails here again and is told.
+            return self._made(model, self._options())
 
     def _options(self) -> Any:  # noqa: ANN401
         import onnxruntime
