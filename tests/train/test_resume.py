@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,15 @@ def test_a_checkpoint_of_another_training_is_refused(
     train(model_of(), loader(), checkpoint=tmp_path)
     with pytest.raises(TrainingError, match=f"is of another training: {name} was"):
         train(model_of(), loader(), checkpoint=tmp_path, **settings)
+
+
+def test_an_optimizer_of_other_settings_is_another_training(tmp_path: Path) -> None:
+    slow, quick = (partial(torch.optim.SGD, lr=rate) for rate in (0.1, 0.2))
+    train(model_of(), loader(), checkpoint=tmp_path, optimizer=slow)
+    with pytest.raises(
+        TrainingError, match=r"optimizer was\nSGD\(lr=0.1\)\nand is now\nSGD\(lr=0.2"
+    ):
+        train(model_of(), loader(), checkpoint=tmp_path, optimizer=quick)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

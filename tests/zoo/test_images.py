@@ -110,14 +110,18 @@ def test_the_command_lists_all(capsys):
 
 def test_the_command_trains_and_takes_up_what_it_kept(tmp_path, capsys):
     write_mnist(tmp_path)
-    words = ["zoo", "run", "b-lenet", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    words += ["--epochs", "1", "--max-accuracy-drop", "1", "--json"]
-    assert run_main(words) == 0
+    out = tmp_path / "out"
+    words = ["zoo", "run", "b-lenet", "--data", str(tmp_path), "--out", str(out), "--json"]
+    words += ["--max-accuracy-drop", "1", "--epochs"]
+    assert run_main([*words, "1"]) == 0
     first = capsys.readouterr().out
-    kept = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
-    assert run_main(words) == 0
+    checkpoint, weights = out / "training.safetensors", out / "model.safetensors"
+    before = checkpoint.stat().st_mtime_ns, weights.read_bytes()
+    assert run_main([*words, "1"]) == 0
     assert capsys.readouterr().out == first
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == kept
+    assert (checkpoint.stat().st_mtime_ns, weights.read_bytes()) == before
+    assert run_main([*words, "2"]) != 0  # not answered by the shorter training
+    assert "another training" in capsys.readouterr().err
 
 
 def run_main(words):

@@ -13,9 +13,11 @@ from offramp.run.engines import Array, Engine, sent
 __all__ = ["Answer", "Result", "as_tensors"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # frozen, it would take twice as long to make: a caller at batch 1 waits
 class Result:
     """The answers to a batch, in the order of its rows, as arrays of the kind that was given.
+
+    Arrays of a single row may be read-only.
 
     Attributes:
         prediction: (B,) int64 class indices.
@@ -32,7 +34,8 @@ class Result:
 
 def as_tensors(found: Result, device: torch.device) -> Result:
     """Arrays of the processor as tensors that lie on a device."""
-    tensors = [torch.from_numpy(getattr(found, name)) for name in _NAMES]
+    arrays = [getattr(found, name) for name in _NAMES]
+    tensors = [torch.from_numpy(v if v.flags.writeable else v.copy()) for v in arrays]
     if device.type != "cpu":
         tensors = [sent(value, device) for value in tensors]
     return Result(*tensors)

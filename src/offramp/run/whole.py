@@ -35,6 +35,8 @@ class Whole:
         self._call = call
         self._exits = [link.exit for link in links]
         self._taken = [np.array([link.exit]) for link in links]
+        for taken in self._taken:
+            taken.flags.writeable = False  # every row that leaves there is given the same
         self._limits = [np.array(link.threshold, np.float32) for link in links[:-1]]
         self._own = tuple(own)
         known = self._own == tuple(link.threshold for link in links[:-1])
@@ -70,7 +72,7 @@ class Whole:
         """
         said = self._call([*inputs, *self._more] if self._more else inputs)
         last = len(self._exits) - 1
-        while not len(said[2 * last]):
+        while not said[2 * last].size:
             last -= 1
         logits, exit = said[2 * last], self._exits[last]
         prediction = logits.argmax(-1)  # NaN counts as the largest
@@ -80,7 +82,7 @@ class Whole:
         # Infinite values of both signs give NaN; a sum that overflows is looked at by who calls.
         if not math.isfinite(far):
             return exit, None
-        return exit, Result(prediction, logits, self._taken[last].copy(), said[2 * last + 1])
+        return exit, Result(prediction, logits, self._taken[last], said[2 * last + 1])
 
     def _together(self, logits: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> Answer:
         # What the first step says of all rows is written over by what later ones say of some.

@@ -272,11 +272,11 @@ def fit(
         folder=folder,
         every=checkpoint_every,
         run={
-            "plan": re.sub(r" at 0x[0-9a-f]+", "", str(plan)),
+            "plan": _settled(str(plan)),
             "batches per epoch": train.length,
             "seed": seed,
-            "optimizer": _name(optimizer) if optimizer else f"AdamW, lr={rate:g}",
-            "schedule": _name(schedule),
+            "optimizer": _settled(_name(optimizer)) if optimizer else f"AdamW, lr={rate:g}",
+            "schedule": _settled(_name(schedule)),
             "precision": precision,
             "accumulate": accumulate,
             "clip": clip,
@@ -343,5 +343,16 @@ def _take_census(session: Session) -> None:
         session.loader.census = census
 
 
+def _settled(text: str) -> str:
+    """Without the places in memory at which functions happen to be this time."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
 def _name(value: object) -> str:
-    return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__name__)
+    """What a function is called, and what it was given beforehand."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, partial):
+        words = [*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items())]
+        return f"{_name(value.func)}({', '.join(words)})"
+    return getattr(value, "__qualname__", type(value).__name__)

@@ -84,13 +84,13 @@ def sample_losses(
     Returns:
         ``(K, B)`` in nats.
     """
-    rows = [
-        F.cross_entropy(
-            _full(outputs[k]), labels, reduction="none", label_smoothing=label_smoothing
-        )
-        for k in _chosen(outputs, exits)
-    ]
-    return torch.stack(rows)
+    chosen = _chosen(outputs, exits)
+    return F.cross_entropy(
+        _stacked(outputs, chosen),
+        labels.expand(len(chosen), -1),
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
 
 
 def exit_losses(
@@ -153,21 +153,18 @@ def distillation(
     Returns:
         ``(K, B)`` in nats; exactly zero for the last exit when it is the teacher.
     """
-    outputs = [_full(logits) for logits in outputs]
+    chosen, last = _chosen(outputs, exits), len(outputs) - 1
+    taught = _stacked(outputs, chosen)
     with torch.no_grad():
-        if teacher == "last":
-            target = torch.softmax(outputs[-1] / temperature, -1)
-        else:
-            target = torch.stack([torch.softmax(z / temperature, -1) for z in outputs]).mean(0)
-        negative_entropy = torch.special.xlogy(target, target).sum(-1)
-    rows = []
-    for k in _chosen(outputs, exits):
-        if teacher == "last" and k == len(outputs) - 1:
-            rows.append(torch.zeros_like(negative_entropy))
-            continue
-        cross = -(target * torch.log_softmax(outputs[k] / temperature, -1)).sum(-1)
-        rows.append(temperature**2 * (cross + negative_entropy))
-    return torch.stack(rows)
+        teachers = [last] if teacher == "last" else range(last + 1)
+        target = torch.softmax(_stacked(outputs, teachers) / temperature, 1).mean(0)
+        negative_entropy = torch.special.xlogy(target, target).sum(0)
+    cross = -(target * torch.log_softmax(taught / temperature, 1)).sum(1)
+    divergence = temperature**2 * (cross + negative_entropy)
+    if teacher == "last" and last in chosen:
+        itself = torch.tensor([[k == last] for k in chosen], device=divergence.device)
+        divergence = divergence.masked_fill(itself, 0.0)
+    return divergence
 
 
 def boosted(outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -370,6 +367,11 @@ def _weighted(losses: Tensor, weights: Sequence[float] | Tensor | None) -> Tenso
             f"Give one weight per exit, the last being the backbone's own."
         )
     return (factors * losses).sum()
+
+
+def _stacked(outputs: Sequence[Tensor], exits: Sequence[int]) -> Tensor:
+    """(K, C, B): one operator for all exits, which goes over samples faster than over classes."""
+    return torch.stack([_full(outputs[k]).mT for k in exits])
 
 
 def _full(logits: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.analyse.report import Report, evaluate
@@ -16,7 +16,6 @@ from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy
 from offramp.decide.record import record
 from offramp.decide.trace import Trace
-from offramp.errors import DataError
 from offramp.train.loop import fit
 from offramp.train.phases import Phase
 from offramp.train.schemes import Scheme
@@ -24,8 +23,6 @@ from offramp.zoo.images import Batches, Images, open_images
 from offramp.zoo.recipe import Recipe
 
 __all__ = ["Outcome", "plain_phases", "run", "train"]
-
-SEEN = "training_fingerprints"
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,9 @@ def train(
     scheme: Scheme | Sequence[Phase] | None = None,
     progress: bool = True,
 ) -> MultiExitModel:
-    """The trained network of a recipe, in evaluation mode; read from ``out`` where it is there.
+    """The trained network of a recipe, in evaluation mode.
+
+    A training that ``out`` holds goes on; one that is done is read.
 
     Args:
         recipe: of the system.
@@ -110,22 +109,12 @@ def train(
         progress: show a bar on standard error.
 
     Raises:
-        DataError: the weights in ``out`` are of another network.
         TrainingError: ``out`` holds the checkpoint of another training.
     """
     x, y = images.train
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = recipe.build(int(y.max()) + 1)
-    kept = out / "model.safetensors"
-    if kept.is_file():
-        tensors = load_file(kept)
-        model.training_fingerprints = tensors.pop(SEEN)
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise DataError(f"{kept} is not of {recipe.name!r}: {error}") from error
-        return model.eval()
     # Convolutions are about twice as fast on a processor where the channels come last.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fit(
@@ -140,9 +129,9 @@ def train(
         progress=progress,
     )
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    tensors = {**model.state_dict(), SEEN: model.training_fingerprints}
+    kept = out / "model.safetensors"
     part = kept.with_suffix(".part")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, part)
     os.replace(part, kept)
     return model.eval()
 
