@@ -43,6 +43,7 @@ from benchmarks.writing import processor, versions, write_result
 HERE = Path(__file__).parent
 DENSE_SETTING = "joint_distill"
 MEASURED_ON = ("processor", "python", "versions")
+TIMED = {"steps", "memory", "speed"}
 
 Rows = dict[str, Any]
 
@@ -151,25 +152,22 @@ def _best(keep: Keep, given: argparse.Namespace) -> list[tuple[Run, Rows]]:
     rows, found = _merged(given, keep), []
     for task in {run.task.name: run.task for run in _runs(given)}.values():
         name = summary.best_setting(rows, task.name)
-        if name is None:
-            continue
-        run = Run(task, SETTINGS[name], 0)
-        if run.done(keep):
-            found.append((run, next(r for r in rows if _key(r) == (task.name, name, 0))))
-        else:
-            _say(f"{task.name}: the best run, {name}, is not kept here")
+        if name is not None:
+            row = next(r for r in rows if _key(r) == (task.name, name, 0))
+            found.append((Run(task, SETTINGS[name], 0), row))
     return found
 
 
 def _speed(keep: Keep, given: argparse.Namespace) -> None:
     """Measured time of the best beside its multiply-accumulates."""
     seconds = 2.0 if given.quick else 30.0
-    best = _best(keep, given)
-    _write(
-        keep,
-        given,
-        {"speed": [measure_speed(run, keep, row["rule"], seconds) for run, row in best]},
-    )
+    measured = []
+    for run, row in _best(keep, given):
+        if run.done(keep):
+            measured.append(measure_speed(run, keep, row["rule"], seconds))
+        else:
+            _say(f"{run.task.name}: the best run, {run.setting.name}, is not kept here")
+    _write(keep, given, {"speed": measured})
 
 
 def _energy(keep: Keep, given: argparse.Namespace) -> None:
@@ -179,7 +177,7 @@ def _energy(keep: Keep, given: argparse.Namespace) -> None:
         model = model_of(run, keep)
         example = normalise(keep.images(run.task)["test_x"][:4])
         about = {"task": run.task.name, "setting": run.setting.name, "seed": run.seed}
-        rows.append(about | estimate(model, example, row["operating"]["shares"]))
+        rows.append(about | estimate(model, example, row["operating"]))
     _write(keep, given, {"energy": {"rapl_readable": readable(), "estimates": rows}})
 
 
@@ -221,7 +219,7 @@ def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
     if given.json.exists():
         before = json.loads(given.json.read_text("utf-8"))
         rows = before["rows"] if before["conditions"]["quick"] == given.quick else {}
-        if rows and not found:  # what was measured was measured where it was; runs have their own
+        if rows and not TIMED & found.keys():  # was timed where it was timed; runs have their own
             conditions |= {name: before["conditions"][name] for name in MEASURED_ON}
     rows |= {"runs": _merged(given, keep)} | found
     write_result(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch.onnx._internal.exporter import _registration
 
 from benchmarks.vision_packages import prepare
 
@@ -19,3 +23,12 @@ settings.load_profile("offramp")
 def _seeded() -> None:
     """Tests do not depend on the order in which they run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _operators_known() -> Iterator[None]:
+    """torch makes its table of operators anew for every export, which takes a second or two."""
+    made, patch = _registration.ONNXRegistry.from_torchlib, pytest.MonkeyPatch()
+    patch.setattr(_registration.ONNXRegistry, "from_torchlib", staticmethod(cache(made)))
+    yield
+    patch.undo()

@@ -10,7 +10,6 @@ read again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +37,23 @@ def readable(folder: Path = COUNTERS) -> bool:
     return False
 
 
-def estimate(model: MultiExitModel, example: Tensor, shares: Sequence[float]) -> Row:
+def estimate(model: MultiExitModel, example: Tensor, operating: Row) -> Row:
     """Microjoules of an answer at batch 1, without exits and with.
 
     Args:
-        model: the network with its exits.
+        model: the network with its exits; what it has learned does not matter.
         example: (B, ...) images.
-        shares: of the samples that leave at each exit; (E,), the last included.
+        operating: ``shares`` of the samples that leave at each exit, (E,), the last included; and
+            ``heads``, (E - 1,): at what share of the samples each of them runs. A head whose exit
+            is off does not; in a row that does not say so, exits at which nobody leaves are off.
     """
     stages, heads = _parts(model, example)
+    shares = operating["shares"]
     reached = [sum(shares[k:]) for k in range(model.num_exits)]
+    ran = operating.get("heads") or [r if s else 0.0 for r, s in zip(reached, shares, strict=True)]
     full = sum(_picojoules(part) for part in stages)
     early = sum(r * _picojoules(part) for r, part in zip(reached, stages, strict=True))
-    early += sum(r * _picojoules(part) for r, part in zip(reached[:-1], heads, strict=True))
+    early += sum(r * _picojoules(part) for r, part in zip(ran, heads, strict=False))
     return {
         "plain_microjoules": 1e-6 * full,
         "exits_microjoules": 1e-6 * early,

@@ -171,10 +171,13 @@ def between(policies: list[Policy], trace: Trace, budgets: Sequence[float] = BUD
 
 def _operating(tests: list[Trace], policies: list[Policy], right: Tensor, full: Tensor) -> Row:
     """What thresholds do on test samples that are as good as the plain network on calibration."""
-    taken, answers, costs = [], [], []
+    taken, answers, costs, ran = [], [], [], []
     for test, policy in zip(tests, policies, strict=True):
         decided = replay(test, policy)
         taken.append(decided.exit)
+        active = torch.tensor(policy.active(test.num_exits), dtype=torch.bool)
+        came = decided.exit[:, None] >= torch.arange(test.num_exits - 1)
+        ran.append((came & active).double())
         answers.append(decided.prediction == test.labels)
         costs.append(decided.cost / test.full_cost)
     exit, answered, cost = torch.cat(taken), torch.cat(answers), torch.cat(costs)
@@ -183,6 +186,7 @@ def _operating(tests: list[Trace], policies: list[Policy], right: Tensor, full: 
         "accuracy": _share(answered),
         "less_plain": _paired(answered, full),
         "shares": (torch.bincount(exit, minlength=len(right)) / len(exit)).tolist(),
+        "heads": torch.cat(ran).mean(0).tolist(),
         "overthinking": vars(overthinking(right, exit, answered)),
     }
 

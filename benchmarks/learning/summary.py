@@ -27,7 +27,7 @@ def best_setting(runs: list[Row], task: str) -> str | None:
     """The setting that has the plain network's accuracy at the least cost, on calibration samples.
 
     Mean over its seeds; where none has it, or several at the same cost, the largest area decides.
-    Only settings with as many seeds as any other count. Test samples have no say in it.
+    Only settings with as many seeds as any other count.
     """
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in runs:
@@ -52,11 +52,13 @@ def summarise(rows: Row) -> Row:
     """What is watched: means over seeds of the best setting of each network; else the worst."""
     runs = rows["runs"]
     found: Row = {}
+    said: set[str] = set()
     for short, tasks in NETWORKS.items():
         task = next((name for name in tasks if best_setting(runs, name)), tasks[-1])
         best = best_setting(runs, task)
-        if best is None:
+        if best is None or task in said:  # no larger budget was measured
             continue
+        said.add(task)
         costs = [least_cost(r) for r in runs if (r["task"], r["setting"]) == (task, best)]
         reached = [cost for cost in costs if cost is not None]
         found[f"best_{short}"] = best

@@ -19,7 +19,8 @@ class Overthinking:
         destructive: an earlier exit was right and the end is wrong.
         rescued: destructive, and the policy's answer is right.
         lost: the end is right and the policy's answer is wrong, the price of leaving early. The
-            accuracy of the policy is that of the end, plus ``rescued``, less ``lost``.
+            accuracy of the policy is that of the end, plus ``rescued``, less ``lost``, where every
+            answer is that of one exit; an ensemble or a vote may be right where no exit is.
         wasteful: an exit before the one that the policy took was right already.
         wasteful_full: the end is right, and so was an earlier exit: what the whole network wastes.
         oracle_accuracy: some exit is right: what a perfect choice of exits would reach.

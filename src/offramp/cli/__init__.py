@@ -1,6 +1,6 @@
-"""The command line: ``offramp demo | inspect | fit | record | calibrate | evaluate``.
+"""The command line: ``offramp demo | inspect | plan | fit | record | calibrate | evaluate``.
 
-And ``export | verify | bench`` for what is deployed.
+And ``export | verify | bench`` for what is deployed, ``zoo`` for systems of the literature.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ Network = Annotated[
     ),
 ]
 Shape = Annotated[
-    str | None, typer.Option(help="Sizes of one sample, as 3x32x32, if there is no example.")
+    str | None, typer.Option(help="Sizes of one sample, as 3x32x32, instead of an example.")
 ]
 Exits = Annotated[
     str, typer.Option(help="How many, or their places: layer1,layer2 or 0.25,0.5 or -3,-1.")

@@ -23,7 +23,7 @@ def backbone_of(name: str, shape: str | None = None) -> tuple[nn.Module, Any]:
 
     Args:
         name: ``module:factory``; modules of the current folder are found.
-        shape: of one float32 sample, as ``3x32x32``, where the factory gives no example.
+        shape: of one float32 sample, as ``3x32x32``; instead of the factory's example.
 
     Raises:
         DataError: it cannot be imported, makes something else, or there is no example.

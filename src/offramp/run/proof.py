@@ -237,7 +237,7 @@ def _at(exit: int, runner: Runner) -> Any:  # noqa: ANN401
 # -- a file ----------------------------------------------------------------------------------------
 
 BATCHES = (1, 7, 32)
-DISTINCT = 336  # rows; each is compared in each of three mixes
+DISTINCT = 336  # rows; each is compared in each of four mixes
 
 
 def compare_file(
