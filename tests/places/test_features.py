@@ -10,7 +10,8 @@ from offramp.build.batch import fingerprints, unpack
 from offramp.errors import DataError, HeadError, PlaceError
 from offramp.places import features as gathering
 from offramp.places.dense import attach_densely
-from offramp.places.features import gather, held_out_rows, record_held_out
+from offramp.places.features import gather, held_out_rows, record_held_out, spread
+from offramp.train.data import EpochLoader
 from tests.networks import example_of, make
 
 KINDS = {"cnn": 5, "mlp": 4, "encoder": 3}
@@ -90,6 +91,25 @@ def test_samples_that_come_twice_are_judged_on_no_side():
     left = list(held_out_rows(aside, kept.marks))
     assert not torch.isin(marks_of(left), kept.marks).any()
     assert sum(batch.size for batch in left) > 0
+    once = marks_of(held_out_rows([*aside, *aside], kept.marks[:0]))
+    assert len(once.unique()) == len(once)
+
+
+def test_rows_are_set_aside_from_batches_of_one():
+    dense = attach_densely(make("mlp"), example_of("mlp"))
+    singles = [(x[k : k + 1], y[k : k + 1]) for x, y in batches_of("mlp", 1) for k in range(20)]
+    kept, aside = gathered(dense, singles)
+    assert (len(kept.labels), sum(batch.size for batch in aside)) == (12, 8)
+
+
+@pytest.mark.parametrize("most", [30, 1000])
+def test_held_out_rows_are_drawn_from_all_of_a_loader(most):
+    loader = batches_of("mlp", 20, 10)
+    read = EpochLoader(loader, seed=0, num_classes=KINDS["mlp"], role="held-out")
+    drawn = marks_of(spread(read, most, 0))
+    assert len(drawn) == len(drawn.unique()) == min(most, 200)
+    whose = torch.stack([fingerprints(unpack(item)) for item in loader])
+    assert torch.isin(whose, drawn).any(1).all()
 
 
 @pytest.mark.parametrize("sized", [True, False])

@@ -256,6 +256,19 @@ def test_more_rows_than_fit_are_run_in_pieces() -> None:
     assert torch.allclose(at_once.logits, pieces.logits, atol=1e-5)
 
 
+def test_a_row_is_named_by_its_place_in_the_whole_batch() -> None:
+    x = example_of("mlp", 23)
+    runner = with_thresholds(runner_of("mlp"), [0.5, 0.5])
+    runner.max_batch = 5
+    x[17] = math.nan
+    with pytest.raises(DataError, match=r"values of row 17 \(1 of 23 rows\)"):
+        runner(x)
+    assert runner.stats.samples == 0
+    x[17] = 3e38  # finite, and too large for the network
+    with pytest.raises(DataError, match=r"logits of row 17 "):
+        runner(x)
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_eight_threads_get_right_answers(engine: str) -> None:
     runner = with_thresholds(runner_of("mlp", engine), [0.5, 0.5])

@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from offramp.build.batch import unpack
 from offramp.build.model import attach
 from offramp.errors import DataError
+from offramp.train.exit_module import ExitModule, Standing
 from offramp.train.freezing import trained_parts
 from offramp.train.phases import Phase
 from offramp.train.schemes import Alternating, Heads, Joint, Layerwise
 from tests.networks import example_of, make
-from tests.train.tiny import model_of, parts
+from tests.train.tiny import data_of, model_of, parts
 
 
 def test_layerwise_phases_divide_the_model() -> None:
@@ -116,7 +118,7 @@ def test_gradient_equilibrium_is_the_rescaling_of_the_paper() -> None:
 
     loss(model(x).logits).backward()
     scaled = {
-        name: p.grad * trained.gradient_scales.get(name, 1.0)
+        name: p.grad * trained.scales(range(4)).get(name, 1.0)
         for name, p in trained.parameters.items()
         if p.grad is not None
     }
@@ -140,7 +142,23 @@ def test_gradient_equilibrium_is_the_rescaling_of_the_paper() -> None:
 def test_equilibrium_counts_the_supervised_exits_alone() -> None:
     model = model_of()
     phase = Phase("p", (0, 1, 2, 3), (0, 1, 2), (1, 3), equilibrium=True)
-    scales = trained_parts(model, phase).gradient_scales
+    scales = trained_parts(model, phase).scales({1, 3})
     assert {scales.get(f"backbone.blocks.{k}.0.weight") for k in (0, 1)} == {0.5}
     assert "backbone.blocks.2.0.weight" not in scales
-    assert trained_parts(model, Alternating().plan(4, 1)[0]).gradient_scales == {}
+    assert trained_parts(model, Alternating().plan(4, 1)[0]).scales(range(4)) == {}
+
+
+def test_equilibrium_counts_the_exits_of_the_turn() -> None:
+    """Steps on the last exit alone serve no other: their gradients are left as they are."""
+    (phase,) = Alternating(equilibrium=True).phases(4)
+    module = ExitModule(model_of(dropout=0.0), phase)
+    module.standing = lambda index: Standing(0, index, 2)  # type: ignore[method-assign]
+    module.start_epoch(0, 1)
+    weight = module.model.backbone.blocks[0][0].weight
+    batch = unpack(data_of(8))
+    for step, served in enumerate((1, 4)):
+        weight.grad = None
+        module.training_step(batch, step).backward()
+        plain = weight.grad.clone()
+        module.on_before_optimizer_step(torch.optim.SGD([weight]))
+        torch.testing.assert_close(weight.grad, plain / served)

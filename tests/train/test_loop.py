@@ -576,3 +576,25 @@ def test_every_epoch_draws_its_own_dropout() -> None:
 
     quick(model_of(), loader_of(40, 40), scheme=Layerwise(noted), epochs=6)
     assert len(seeds) == len(set(seeds)) == 6
+
+
+def test_each_exit_has_its_own_loss_in_whatever_order_they_are_named() -> None:
+    found = []
+    for exits in ((0, 1, 2, 3), (2, 0, 3, 1)):
+        model = model_of(dropout=0.0)
+        phase = Phase("p", (0, 1, 2, 3), (0, 1, 2), exits)
+        found.append(quick(model, loader_of(shuffle=False), scheme=[phase]).rows[0].train_loss)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"accumulate": 0}, "accumulate=0: expected 1 or more"),
+        ({"clip": -1.0}, "clip=-1.0: expected a norm above 0"),
+        ({"checkpoint_every": 5}, "checkpoint_every=5, checkpoint=None"),
+    ],
+)
+def test_settings_that_would_do_nothing(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        quick(model_of(), loader_of(), **settings)

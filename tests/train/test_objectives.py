@@ -224,3 +224,9 @@ def test_mixed_precision_is_summed_in_full(objective: Objective, half: torch.dty
     full = objective([logits.float() for logits in outputs], labels)
     assert torch.equal(objective(outputs, labels), full)
     assert torch.equal(terms, full)
+
+
+def test_labels_are_class_numbers() -> None:
+    outputs = [torch.zeros(4, 3)] * 2
+    with pytest.raises(DataError, match=r"Expected labels of shape \(4,\).*but got \(4, 3\)"):
+        CrossEntropy()(outputs, torch.full((4, 3), 1 / 3))

@@ -15,11 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from offramp.build.model import attach
 from offramp.errors import DataError, TrainingError
 from offramp.train import checkpoint as checkpoint_file
+from offramp.train import loop
 from offramp.train.checkpoint import FILE_NAME, read_checkpoint
 from offramp.train.history import History
 from offramp.train.loop import fit
@@ -164,6 +166,40 @@ def test_a_checkpoint_of_another_training_is_refused(
     train(model_of(), loader(), checkpoint=tmp_path)
     with pytest.raises(TrainingError, match=f"is of another training: {name} was"):
         train(model_of(), loader(), checkpoint=tmp_path, **settings)
+
+
+def test_moments_lie_as_their_weights_do(tmp_path: Path) -> None:
+    """The default optimiser is fused, and walks through memory."""
+    images = torch.randn(16, 3, 8, 8)
+    batches = [(images[k : k + 4], torch.arange(4) % 2) for k in range(0, 16, 4)]
+
+    def channels_last() -> Any:
+        torch.manual_seed(0)
+        blocks = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU()]
+        net = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(96, 2))
+        model = attach(net, images[:2], exits=["1"])
+        return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    through, again = channels_last(), channels_last()
+    train(through, batches)
+    with pytest.raises(Stop):
+        train(channels_last(), Breaking(batches, 6, Stop()), checkpoint=tmp_path)
+    train(again, batches, checkpoint=tmp_path)
+    for one, other in zip(through.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_an_optimizer_was_given_is_told_alike_in_every_process() -> None:
+    """Sets and tensors have another order, or other values, each time."""
+
+    def made(parameters: Any, *settings: Any, lr: float) -> Any:
+        return torch.optim.SGD(parameters, lr=lr)
+
+    texts = {
+        loop._name(partial(made, {torch.nn.Parameter(torch.randn(2))}, lr=0.1)) for _ in range(3)
+    }
+    (text,) = texts
+    assert text.endswith("made(set, lr=0.1)")
 
 
 def test_an_optimizer_of_other_settings_is_another_training(tmp_path: Path) -> None:

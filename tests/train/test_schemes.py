@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -147,3 +150,20 @@ def test_wrong_phases() -> None:
         Phase("p", (0,), (), (0,), weights="unifrom")
     with pytest.raises(DataError, match="has no heads to train"):
         as_plan("heads", 1, 1)
+
+
+def test_an_exit_is_named_once() -> None:
+    with pytest.raises(DataError, match=r"'p' names an exit twice: \[1, 1\]"):
+        Phase("p", (0,), (0,), (1, 1))
+
+
+def test_an_objective_of_ones_own_prints_what_it_was_given() -> None:
+    @dataclass(frozen=True)
+    class Focal:
+        gamma: float
+        floor: float = 0.5
+
+        def __call__(self, outputs: Any, labels: Any, exits: Any = None) -> Any:
+            raise NotImplementedError
+
+    assert "Focal(gamma=2.0)" in str(Joint(Focal(2.0)).plan(2, 1))

@@ -5,15 +5,18 @@ import io
 import json
 import struct
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from offramp.build.batch import fingerprints, unpack
 from offramp.cli.app import main
-from offramp.errors import DataError
-from offramp.zoo.images import Batches, open_images, read_idx, read_tar
+from offramp.errors import DataError, TrainingError
+from offramp.zoo.images import Batches, Images, open_images, read_idx, read_tar
+from offramp.zoo.running import train
 from offramp.zoo.systems import SYSTEMS, system
 from offramp.zoo.text import TEXT
 
@@ -47,8 +50,9 @@ def test_idx_is_read_plain_and_compressed(tmp_path):
         (b"\x89PNG....", "not an IDX file"),
         (idx(np.zeros((2, 3)))[:-1], r"announces \[2, 3\] and holds 5 bytes, not 6"),
         (gzip.compress(idx([1, 2, 3]))[:-9], "cannot be decompressed"),
+        (gzip.compress(idx([1, 2, 3]))[:10] + b"\xff" * 20, "cannot be decompressed"),
     ],
-    ids=["foreign", "short", "cut off"],  # compressed bytes have the time in them
+    ids=["foreign", "short", "cut off", "damaged"],  # compressed bytes have the time in them
 )
 def test_a_damaged_file_is_named(tmp_path, raw, text):
     (tmp_path / "x").write_bytes(raw)
@@ -68,6 +72,15 @@ def test_the_three_parts_share_no_sample(tmp_path):
     flat = images.normalise(images.train[0])
     assert abs(float(flat.mean())) < 1e-4
     assert float(flat.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_one_of_two_files_may_be_compressed(tmp_path):
+    write_mnist(tmp_path)
+    for name in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
+        packed = tmp_path / f"{name}.gz"
+        (tmp_path / name).write_bytes(gzip.decompress(packed.read_bytes()))
+        packed.unlink()
+    assert len(open_images("mnist", tmp_path).test[1]) == 12
 
 
 def test_images_of_an_archive_get_the_number_of_their_class(tmp_path):
@@ -98,6 +111,14 @@ def test_shifted_images_are_windows_of_the_image():
     assert set((inside[:, 1:] - inside[:, :-1]).unique().tolist()) == {8.0}
 
 
+def test_images_are_mirrored_without_being_shifted():
+    x = torch.arange(8.0).expand(40, 1, 8, 8)
+    ((moved, _),) = Batches(x, torch.zeros(40), 40, pad=0, flip=True)
+    assert {tuple(row.tolist()) for row in moved[:, 0, 0]} == {
+        tuple(range(8)), tuple(reversed(range(8))),
+    }  # fmt: skip
+
+
 def test_names_that_are_not_known():
     with pytest.raises(DataError, match="b-lenet"):
         system("b-lenett")
@@ -122,6 +143,22 @@ def test_the_command_trains_and_takes_up_what_it_kept(tmp_path, capsys):
     assert (checkpoint.stat().st_mtime_ns, weights.read_bytes()) == before
     assert run_main([*words, "2"]) != 0  # not answered by the shorter training
     assert "another training" in capsys.readouterr().err
+
+
+def test_a_training_is_not_taken_for_one_on_other_images(tmp_path):
+    write_mnist(tmp_path)
+    images, recipe = open_images("mnist", tmp_path), system("b-lenet")
+    model = train(recipe, images, tmp_path / "out", epochs=1, progress=False)
+    seen = fingerprints(unpack((images.normalise(images.train[0]), images.train[1])))
+    assert torch.isin(seen, model.training_fingerprints).all()  # as they are, not as they moved
+    others = Images((255 - images.train[0], images.train[1]), images.calibration, images.test)
+    with pytest.raises(TrainingError, match=r"holds another training: training images \(sha256\)"):
+        train(recipe, others, tmp_path / "out", epochs=1, progress=False)
+    with pytest.raises(TrainingError, match="holds another training: flip was False"):
+        train(replace(recipe, flip=True), images, tmp_path / "out", epochs=1, progress=False)
+    (tmp_path / "out" / "training.safetensors").unlink()
+    with pytest.raises(TrainingError, match=r"model.safetensors is there without training"):
+        train(recipe, images, tmp_path / "out", epochs=1, progress=False)
 
 
 def run_main(words):

@@ -125,6 +125,9 @@ def test_sentences_from_a_file(tmp_path: Path):
     path.write_text("a good film\t1\nnot\ta bad film\t0\n", "utf-8")
     texts, labels = read_tsv(path)
     assert (texts, labels) == (["a good film", "not\ta bad film"], [1, 0])
+    other = tmp_path / "other.tsv"
+    other.write_text("a fine\x85\u2028film\t1\nbad\t0\n", "utf-8")
+    assert read_tsv(other) == (["a fine\x85\u2028film", "bad"], [1, 0])
     model = tokenizers.models.WordLevel({word: k for k, word in enumerate(WORDS)}, "[UNK]")
     tokenizer: Any = tokenizers.Tokenizer(model)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from offramp.places.dense import Dense
 from offramp.places.progress import shown
 from offramp.train.data import EpochLoader
 
-__all__ = ["Features", "HeldOut", "gather", "held_out_rows", "record_held_out"]
+__all__ = ["Features", "HeldOut", "gather", "held_out_rows", "record_held_out", "spread"]
 
 HELD_SHARE = 0.4  # of the rows, where no loader of held-out samples is given
 MEMORY = 2 << 30  # bytes of condensed features; fewer rows are taken where more were needed
@@ -132,7 +133,7 @@ def gather(
     generator = torch.Generator().manual_seed(seed)
     pile, aside = _Pile(), list[Batch]()
     share = HELD_SHARE if divide else 0.0
-    wanted, taken, seen, population, stride = samples, 0, 0, 0, 1.0
+    wanted, taken, set_aside, seen, population, stride = samples, 0, 0, 0, 0, 1.0
     for number, batch in enumerate(shown(read, "features", read.length, progress)):
         if taken >= wanted and read.length is not None:
             break
@@ -141,7 +142,8 @@ def gather(
             continue
         rows = torch.randperm(batch.size, generator=generator)[: wanted - taken]
         taken += len(rows)
-        held = round(share * len(rows))
+        held = round(share * taken) - set_aside  # in sum, also where batches are small
+        set_aside += held
         if held:
             aside.append(batch.rows(rows[:held].sort().values))
         if len(rows) > held:
@@ -162,13 +164,43 @@ def _population(loader: Iterable[Any], batches: int | None, size: int) -> int:
 
 
 def held_out_rows(batches: Iterable[Batch], marks: Tensor) -> Iterator[Batch]:
-    """The rows that are not among those with the fingerprints ``marks`` (N,), batch by batch."""
+    """The rows that are not among those with the fingerprints ``marks`` (N,), batch by batch.
+
+    Each comes once: copies of it would be in both of the halves that are made of them.
+    """
     for batch in batches:
-        fresh = (~torch.isin(fingerprints(batch), marks)).nonzero().flatten()
+        own = fingerprints(batch)
+        fresh = (~torch.isin(own, marks) & _first_of_its_kind(own)).nonzero().flatten()
+        marks = torch.cat([marks, own])
         if len(fresh) == batch.size:
             yield batch
         elif len(fresh):
             yield batch.rows(fresh)
+
+
+def _first_of_its_kind(marks: Tensor) -> Tensor:
+    """(N,) bool: no earlier one is the same."""
+    found = torch.zeros(len(marks), dtype=torch.bool)
+    found[torch.from_numpy(np.unique(marks.numpy(), return_index=True)[1])] = True
+    return found
+
+
+def spread(loader: EpochLoader, most: int, seed: int) -> Iterator[Batch]:
+    """Batches of about ``most`` rows, drawn from all of a loader that can tell how long it is.
+
+    The first rows of one that is sorted would be those of a few classes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    population, seen, taken = 0, 0, 0
+    for batch in loader:
+        population = population or _population(loader.loader, loader.length, batch.size)
+        seen += batch.size
+        share = min(1.0, most / population) if population else 1.0
+        wanted = min(batch.size, round(seen * share) - taken)
+        taken += wanted
+        rows = torch.randperm(batch.size, generator=generator)[:wanted].sort().values
+        if wanted:
+            yield batch if wanted == batch.size else batch.rows(rows)
 
 
 def record_held_out(dense: Dense, batches: Iterable[Batch], most: int, progress: bool) -> HeldOut:

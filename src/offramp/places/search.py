@@ -18,7 +18,14 @@ from offramp.decide.criteria import criterion as named
 from offramp.errors import DataError, PolicyError, unknown_name
 from offramp.places.checks import check_devices, check_rows, check_settings, check_trained
 from offramp.places.dense import Dense, attach_densely
-from offramp.places.features import Features, HeldOut, gather, held_out_rows, record_held_out
+from offramp.places.features import (
+    Features,
+    HeldOut,
+    gather,
+    held_out_rows,
+    record_held_out,
+    spread,
+)
 from offramp.places.judging import Terms, judged
 from offramp.places.learning import learn
 from offramp.places.result import PlacePlan, PlannedExit, SearchCost
@@ -144,7 +151,8 @@ def _search(
         others: Iterable[Batch] = aside
         if held_out is not None:
             classes = dense.model.num_classes
-            others = EpochLoader(held_out, seed=seed, num_classes=classes, role="held-out")
+            read = EpochLoader(held_out, seed=seed, num_classes=classes, role="held-out")
+            others = spread(read, samples, seed)
         fresh = held_out_rows(others, features.marks)
         held = record_held_out(dense, fresh, samples, progress)
     finally:

@@ -133,13 +133,20 @@ def _show(shape: Sequence[object]) -> str:
     return "(" + ", ".join(map(str, shape)) + ")"
 
 
-def explain_not_finite(logits: np.ndarray, given: Sequence[Any]) -> None:
-    """Raise a DataError that says which rows have no finite logits, and why."""
+def explain_not_finite(logits: np.ndarray, given: Sequence[Any], first: int = 0) -> None:
+    """Raise a DataError that says which rows have no finite logits, and why.
+
+    Args:
+        logits: (R, C).
+        given: the inputs of these rows.
+        first: the number of the first of them in the batch that was given.
+    """
     bad = np.flatnonzero(~np.isfinite(logits).all(-1))
     by_row = [torch.as_tensor(value) for value in given if len(value) == len(logits)]
     at_fault = any(not torch.isfinite(value[bad]).all() for value in by_row)
     what = "the input has NaN or infinite values" if at_fault else "the model overflows on them"
+    row = first + int(bad[0])
     raise DataError(
-        f"The logits of row {int(bad[0])} ({len(bad)} of {len(logits)} rows) are not finite: "
+        f"The logits of row {row} ({len(bad)} of {len(logits)} rows) are not finite: "
         f"{what}. Leave these rows out, or mend them."
     )

@@ -301,7 +301,9 @@ class Runner:
             self._tally.add([exit])
         return found
 
-    def _answer(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
+    def _answer(
+        self, given: Sequence[Any], deadline_ms: float | None, begin: float, first: int = 0
+    ) -> Result:
         whole = self._whole if self.in_one_call and deadline_ms is None else None
         if whole is None or self._looks:
             check_finite(given, self.call)
@@ -323,7 +325,7 @@ class Runner:
         if not said.finite:
             if whole is not None:
                 check_finite(given, self.call)
-            _look(said, given)
+            _look(said, given, first)
         late = deadline_ms is not None and time.perf_counter() > begin + deadline_ms / 1e3
         self._tally.add(said.exit.tolist(), missed=len(said.exit) if late else 0)
         return said.result(given[0])
@@ -346,13 +348,14 @@ class Runner:
 
     def _in_pieces(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
         """A batch that would not fit into memory, as several."""
+        check_finite(given, self.call)  # of the whole batch, before any of it is answered
         tensors = [torch.as_tensor(value) for value in given]
         arrays = isinstance(given[0], np.ndarray)
         pieces = []
         for rows in torch.arange(samples_of(given, self._selector)).split(self.max_batch):
             part: list[Any] = take_samples(tensors, rows, self._selector)
             part = [value.detach().cpu().numpy() for value in part] if arrays else part
-            pieces.append(self._answer(part, deadline_ms, begin))
+            pieces.append(self._answer(part, deadline_ms, begin, int(rows[0])))
         join = np.concatenate if arrays else torch.cat
         return Result(*(join([getattr(p, f.name) for p in pieces]) for f in fields(Result)))
 
@@ -482,11 +485,11 @@ class Runner:
         self._tally = Tally(self.costs, [link.exit for link in self._links])
 
 
-def _look(said: Answer, given: Sequence[Any]) -> None:
-    """Refuse logits that are not finite."""
+def _look(said: Answer, given: Sequence[Any], first: int = 0) -> None:
+    """Refuse logits that are not finite; ``first``: where these rows begin in the batch."""
     logits = said.host_logits()
     if not np.isfinite(logits).all():
-        explain_not_finite(logits, given)
+        explain_not_finite(logits, given, first)
 
 
 _ANSWER = ("logits", "score")

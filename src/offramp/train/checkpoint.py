@@ -226,8 +226,14 @@ def load_optimizer_state(
         for parameter in group["params"]:
             for key, value in optimizer.state.get(parameter, {}).items():
                 saved = tensors.get(f"{names[id(parameter)]}/{key}")
-                if saved is not None and saved.dtype != value.dtype:
-                    optimizer.state[parameter][key] = saved.clone().to(value.device)
+                if saved is None:
+                    continue
+                if saved.dtype != value.dtype:
+                    value = saved.to(value.device)
+                if value.shape == parameter.shape:
+                    # Fused kernels go through memory: what belongs together has to lie alike.
+                    value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                optimizer.state[parameter][key] = value
 
 
 def refuse_broken(model: nn.Module) -> None:

@@ -121,6 +121,7 @@ class ExitModule(pl.LightningModule):
         self._weights: tuple[float, ...] = ()
         self._factors: dict[tuple[int, ...], Tensor] = {}
         self._last = Standing(0, 0, 0)
+        self._supervised: set[int] = set()  # since the last step of the optimiser
 
     # What a Trainer asks for, in the order in which it does.
 
@@ -192,6 +193,7 @@ class ExitModule(pl.LightningModule):
         """The loss of one batch."""
         epoch, step, length = self._last = self.standing(batch_idx)
         exits = self.phase.supervised(epoch * length + step)
+        self._supervised.update(exits)
         labels = _labels(batch)
         try:
             outputs = self.model(*batch.args, **batch.kwargs)
@@ -219,11 +221,12 @@ class ExitModule(pl.LightningModule):
         return total
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Gradient equilibrium."""
-        for name, scale in self.trained.gradient_scales.items():
+        """Gradient equilibrium, over the exits that were supervised in this step."""
+        for name, scale in self.trained.scales(self._supervised).items():
             gradient = self.trained.parameters[name].grad
             if gradient is not None:
                 gradient.mul_(scale)
+        self._supervised.clear()
 
     def on_validation_epoch_start(self) -> None:
         """New sums."""

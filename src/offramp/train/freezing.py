@@ -8,7 +8,7 @@ in evaluation mode.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -29,18 +29,23 @@ class Trained:
     Attributes:
         parameters: name in the model -> parameter; none of them was frozen by the user.
         modules: modules that run in training mode. All others run in evaluation mode.
-        gradient_scales: parameter name -> factor on its gradient, where it is not 1.
+        stages: with gradient equilibrium, parameter name -> the stage that it belongs to.
     """
 
     model: MultiExitModel
     parameters: dict[str, Parameter]
     modules: frozenset[nn.Module]
-    gradient_scales: dict[str, float]
+    stages: dict[str, int]
 
     def set_modes(self) -> None:
         """Training mode for the trained modules, evaluation mode for all others."""
         for module in self.model.modules():
             module.training = module in self.modules
+
+    def scales(self, exits: Collection[int]) -> dict[str, float]:
+        """Factors on gradients, by name, where they are not 1, when ``exits`` were supervised."""
+        served = {name: sum(k >= own for k in exits) for name, own in self.stages.items()}
+        return {name: 1 / count for name, count in served.items() if count > 1}
 
     @contextmanager
     def only(self) -> Iterator[None]:
@@ -81,13 +86,8 @@ def trained_parts(model: MultiExitModel, phase: Phase) -> Trained:
             f"Phase {phase.name!r} has nothing to train: all its parameters have "
             "requires_grad=False. Call requires_grad_() on what should learn."
         )
-    scales = {}
-    if phase.equilibrium:
-        for name in parameters:
-            served = [k for k in phase.exits if name in stages and k >= stages[name]]
-            if len(served) > 1:
-                scales[name] = 1 / len(served)
-    return Trained(model, parameters, _training_modules(model, phase), scales)
+    balanced = {name: stages[name] for name in parameters if phase.equilibrium and name in stages}
+    return Trained(model, parameters, _training_modules(model, phase), balanced)
 
 
 def _belongs(name: str, stages: dict[str, int], phase: Phase) -> bool:

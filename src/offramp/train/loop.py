@@ -258,6 +258,8 @@ def fit(
     train = EpochLoader(loader, seed=seed, num_classes=model.num_classes, select=model.select)
     rate = DEFAULT_LR if lr is None else lr
     folder = None if checkpoint is None else Path(checkpoint)
+    seed = int(seed)
+    _check_settings(accumulate, clip, checkpoint_every, folder)
     found = read_checkpoint(folder) if resume and folder is not None else None
     if precision == AUTO:
         precision = found.run["precision"] if found else fastest_precision(accelerator)
@@ -272,11 +274,11 @@ def fit(
         folder=folder,
         every=checkpoint_every,
         run={
-            "plan": _settled(str(plan)),
+            "plan": re.sub(r" at 0x[0-9a-f]+", "", str(plan)),
             "batches per epoch": train.length,
             "seed": seed,
-            "optimizer": _settled(_name(optimizer)) if optimizer else f"AdamW, lr={rate:g}",
-            "schedule": _settled(_name(schedule)),
+            "optimizer": _name(optimizer) if optimizer else f"AdamW, lr={rate:g}",
+            "schedule": _name(schedule),
             "precision": precision,
             "accumulate": accumulate,
             "clip": clip,
@@ -343,16 +345,34 @@ def _take_census(session: Session) -> None:
         session.loader.census = census
 
 
-def _settled(text: str) -> str:
-    """Without the places in memory at which functions happen to be this time."""
-    return re.sub(r" at 0x[0-9a-f]+", "", text)
-
-
 def _name(value: object) -> str:
-    """What a function is called, and what it was given beforehand."""
+    """What a function is called, and the plain values that it was given beforehand."""
     if isinstance(value, str):
         return value
     if isinstance(value, partial):
-        words = [*map(repr, value.args), *(f"{k}={v!r}" for k, v in value.keywords.items())]
+        words = [*map(_told, value.args), *(f"{k}={_told(v)}" for k, v in value.keywords.items())]
         return f"{_name(value.func)}({', '.join(words)})"
     return getattr(value, "__qualname__", type(value).__name__)
+
+
+def _told(value: object) -> str:
+    """A value that is the same in every process; of anything else, what it is."""
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_told, value))})"
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return repr(value) if plain else type(value).__name__
+
+
+def _check_settings(
+    accumulate: int, clip: float | None, every: int | None, folder: Path | None
+) -> None:
+    """Refuse settings that would do nothing, or break in the midst of an epoch."""
+    if accumulate < 1:
+        raise DataError(f"accumulate={accumulate}: expected 1 or more batches a step.")
+    if clip is not None and not clip > 0:
+        raise DataError(f"clip={clip}: expected a norm above 0, the largest the gradient may have.")
+    if every is not None and (every < 1 or folder is None):
+        raise DataError(
+            f"checkpoint_every={every}, checkpoint={folder}: expected a number of steps above 0, "
+            "and the folder that a checkpoint is written to after so many."
+        )

@@ -44,7 +44,7 @@ class Meter:
         if self._loss.device != losses.device:
             self._loss = self._loss.to(losses.device)
             self._hits = self._hits.to(losses.device)
-        if len(exits) == self.num_exits:
+        if tuple(exits) == tuple(range(self.num_exits)):
             self._loss.add_(losses.detach().float(), alpha=size)
         else:
             for row, k in enumerate(exits):

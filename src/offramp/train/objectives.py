@@ -85,6 +85,11 @@ def sample_losses(
         ``(K, B)`` in nats.
     """
     chosen = _chosen(outputs, exits)
+    if labels.shape != outputs[-1].shape[:1]:
+        raise DataError(
+            f"Expected labels of shape ({len(outputs[-1])},), a class number for each row, but got "
+            f"{tuple(labels.shape)}. For probabilities as targets, write an objective of your own."
+        )
     return F.cross_entropy(
         _stacked(outputs, chosen),
         labels.expand(len(chosen), -1),
@@ -160,7 +165,7 @@ def distillation(
         target = torch.softmax(_stacked(outputs, teachers) / temperature, 1).mean(0)
         negative_entropy = torch.special.xlogy(target, target).sum(0)
     cross = -(target * torch.log_softmax(taught / temperature, 1)).sum(1)
-    divergence = temperature**2 * (cross + negative_entropy)
+    divergence: Tensor = temperature**2 * (cross + negative_entropy)
     if teacher == "last" and last in chosen:
         itself = torch.tensor([[k == last] for k in chosen], device=divergence.device)
         divergence = divergence.masked_fill(itself, 0.0)

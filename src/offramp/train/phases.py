@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import overload
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Any, overload
 
 from offramp.errors import DataError
 from offramp.train.objectives import CrossEntropy, Objective
@@ -51,6 +51,11 @@ class Phase:
         check_weights(self.weights)
         if not self.exits:
             raise DataError(f"Phase {self.name!r} supervises no exit. Name at least one in exits=.")
+        if len(set(self.exits)) < len(self.exits):
+            raise DataError(
+                f"Phase {self.name!r} names an exit twice: {list(self.exits)}. Name each once; how "
+                "much it counts is for weights=."
+            )
         stray = sorted({k for turn in self.turns for k in turn} - set(self.exits))
         if stray:
             raise DataError(
@@ -161,13 +166,17 @@ def _text(value: object) -> str:
     if isinstance(value, str):
         return value
     if is_dataclass(value) and not isinstance(value, type):
-        plain = type(value)()
         told = [
             f"{f.name}={_text(getattr(value, f.name))}"
             for f in fields(value)
-            if getattr(value, f.name) != getattr(plain, f.name)
+            if getattr(value, f.name) != _default(f)
         ]
         return f"{type(value).__name__}({', '.join(told)})"
     if callable(value) and hasattr(value, "__name__"):
         return f"{value.__name__}()"
     return repr(value)
+
+
+def _default(field: Field[Any]) -> object:
+    """What a field is unless it is given; of one that has to be given, a mark like no value."""
+    return field.default_factory() if field.default_factory is not MISSING else field.default

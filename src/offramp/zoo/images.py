@@ -6,6 +6,7 @@ import gzip
 import io
 import math
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -59,7 +60,7 @@ class Batches:
         labels: (N,) int64.
         size: samples a batch.
         pad: shuffle, and shift every image by up to so many pixels; ``None`` leaves all as it is.
-        flip: also mirror half of the shifted images.
+        flip: also mirror half of the images that are shuffled.
     """
 
     def __init__(
@@ -84,7 +85,8 @@ class Batches:
         order = torch.arange(samples) if self.pad is None else torch.randperm(samples)
         for rows in order.split(self.size)[: len(self)]:
             images = self.images[rows]
-            yield images if not self.pad else self._moved(images, self.pad), self.labels[rows]
+            moves = self.pad is not None and (self.pad or self.flip)
+            yield self._moved(images, self.pad or 0) if moves else images, self.labels[rows]
 
     def _moved(self, images: Tensor, pad: int) -> Tensor:
         batch, _, height, width = images.shape
@@ -130,7 +132,7 @@ def read_idx(path: Path) -> Tensor:
     raw = path.read_bytes()
     try:
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be decompressed: {error}. Fetch it again.") from error
     begin = 4 + 4 * raw[3] if len(raw) > 3 else 4
     if len(raw) < begin or raw[:3] != b"\x00\x00\x08":
@@ -167,7 +169,7 @@ def read_tar(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
                     continue
                 pixels = np.array(Image.open(io.BytesIO(content.read())).convert("RGB"))
                 found[part].append((place.parts[-2], torch.from_numpy(pixels)))
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{path} cannot be read as an archive of images: {error}") from error
     empty = [part for part, rows in found.items() if not rows]
     sizes = {tuple(pixels.shape) for rows in found.values() for _, pixels in rows}
@@ -191,7 +193,8 @@ def _stacked(rows: list[tuple[str, Tensor]], names: list[str]) -> tuple[Tensor, 
 
 def _idx_pair(path: Path) -> tuple[Tensor, Tensor]:
     images = read_idx(path)
-    labels = read_idx(path.with_name(path.name.replace("images-idx3", "labels-idx1")))
+    name = path.name.removesuffix(".gz").replace("images-idx3", "labels-idx1")
+    labels = read_idx(_found(path.parent, name))
     if images.dim() != 3 or labels.shape != images.shape[:1]:
         raise DataError(
             f"{path}: expected images (N, H, W) and labels (N,), got {tuple(images.shape)} and "

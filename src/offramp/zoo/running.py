@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.analyse.report import Report, evaluate
+from offramp.build.batch import fingerprints, unpack
 from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy
 from offramp.decide.record import record
 from offramp.decide.trace import Trace
+from offramp.errors import TrainingError
+from offramp.train.checkpoint import FILE_NAME
+from offramp.train.data import distinct
 from offramp.train.loop import fit
 from offramp.train.phases import Phase
 from offramp.train.schemes import Scheme
 from offramp.zoo.images import Batches, Images, open_images
 from offramp.zoo.recipe import Recipe
 
-__all__ = ["Outcome", "plain_phases", "run", "train"]
+__all__ = ["Outcome", "plain_phases", "remember", "run", "train"]
 
 
 @dataclass(frozen=True)
@@ -109,12 +116,13 @@ def train(
         progress: show a bar on standard error.
 
     Raises:
-        TrainingError: ``out`` holds the checkpoint of another training.
+        TrainingError: ``out`` holds another training, or weights without its checkpoint.
     """
     x, y = images.train
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = recipe.build(int(y.max()) + 1)
+    _note(recipe, images, out)
     # Convolutions are about twice as fast on a processor where the channels come last.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     fit(
@@ -129,11 +137,54 @@ def train(
         progress=progress,
     )
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    remember(model, _batches(images, images.train))
     kept = out / "model.safetensors"
     part = kept.with_suffix(".part")
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, part)
     os.replace(part, kept)
     return model.eval()
+
+
+def remember(model: MultiExitModel, batches: Iterable[Any]) -> None:
+    """Tell a model which samples it was trained on, as they are without shifts and cuts.
+
+    Training saw them shifted, mirrored or cut; recorded, they come as they are.
+    """
+    seen = [fingerprints(unpack(batch)) for batch in batches]
+    model.training_fingerprints = distinct(model.training_fingerprints, *seen)
+
+
+def _note(recipe: Recipe, images: Images, out: Path) -> None:
+    """Keep what a training is made of that its checkpoint does not know, and compare it."""
+    x, y = images.train
+    digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+    now = {
+        "recipe": recipe.name,
+        "training images (sha256)": digest,
+        "batch": recipe.batch,
+        "pad": recipe.pad,
+        "flip": recipe.flip,
+    }
+    path = out / "recipe.json"
+    begun, weights = (out / FILE_NAME).is_file(), out / "model.safetensors"
+    if weights.is_file() and not begun:
+        raise TrainingError(
+            f"{weights} is there without {FILE_NAME}, the checkpoint that says how it was trained. "
+            "Choose another folder, or move it away to train anew."
+        )
+    if begun and path.is_file():
+        before = json.loads(path.read_text("utf-8"))
+        different = [name for name in now if before.get(name) != now[name]]
+        if different:
+            name = different[0]
+            raise TrainingError(
+                f"{out} holds another training: {name} was {before.get(name)} and is now "
+                f"{now[name]}. Choose another folder, or remove this one to train anew."
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(now, indent=1), "utf-8")
+    os.replace(part, path)
 
 
 def plain_phases(num_exits: int, epochs: int) -> list[Phase]:

@@ -21,7 +21,7 @@ from offramp.train.loop import fit
 from offramp.train.optimizers import adamw
 from offramp.train.phases import Phase
 from offramp.train.schemes import Scheme
-from offramp.zoo.running import Outcome, plain_phases
+from offramp.zoo.running import Outcome, plain_phases, remember
 from offramp.zoo.text.sentences import Sentences, read_tsv, tokenised
 from offramp.zoo.text.systems import TextSystem, attach_to_layers
 
@@ -190,6 +190,7 @@ def fine_tune(
         checkpoint=out,
         progress=progress,
     )
+    remember(model, replace(sentences, shuffled=False))
     return model.eval()
 
 

@@ -54,7 +54,9 @@ def read_tsv(path: Path) -> tuple[list[str], list[int]]:
     if not path.is_file():
         raise DataError(f"There is no file {path}. Expected lines of a sentence, a tab, a label.")
     texts, labels = [], []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    # A sentence may hold other characters at which splitlines() would part it.
+    lines = path.read_text("utf-8").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines if lines != [""] else [], 1):
         text, tab, label = line.rpartition("\t")
         if not tab or not label.strip().isdecimal():
             raise DataError(
