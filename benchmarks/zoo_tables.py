@@ -91,7 +91,7 @@ def _budgets(result: Result) -> str:
             told.append(
                 f"{title}: {row['data']}, {row['training_images']} images to train on, "
                 f"{row['epochs']} epochs for both{_begun(row)} ({_where(row['trained'])}), seed "
-                f"{row['seed']}; its exits alone: {exits} %.{_timed_with(row)}"
+                f"{row['seed']}{_loss(row)}; its exits alone: {exits} %.{_timed_with(row)}"
             )
     return " ".join(told) or NOT_YET
 
@@ -100,6 +100,10 @@ def _begun(row: Row) -> str:
     """Where branches are trained on the plain network: how long that was alone."""
     phases = row["phases"]
     return f", the first {phases[0][1]} of them the plain network alone" if len(phases) > 1 else ""
+
+
+def _loss(row: Row) -> str:
+    return f"; the loss of its exits: {row['loss']}" if "loss" in row else ""
 
 
 def _timed_with(row: Row) -> str:

@@ -29,6 +29,7 @@ from offramp.errors import Infeasible
 from offramp.run.engines import OnnxRuntime
 from offramp.run.runner import Runner
 from offramp.run.timing import compare
+from offramp.train.objectives import Distill
 from offramp.train.phases import Phase
 from offramp.train.schemes import as_plan
 from offramp.zoo.branchynet.screening import screen_all
@@ -68,6 +69,9 @@ CLASSES = 10
 # the same learning rate, which is less than at first.
 STAGED = {"b-resnet110": (6, 2)}
 LATER = 0.3
+# What the exits learn beside the labels, where those alone leave all of them behind the plain
+# network. The paper's weights stay.
+OBJECTIVES = {"b-alexnet": Distill(teacher="ensemble")}
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
         "data": DATA[recipe.data],
         "epochs": epochs,
         "phases": [[phase.name, phase.epochs] for phase in with_branches],
+        "loss": with_branches[-1].row(branchy.num_exits)[-1],
         "seed": given.seed,
         "training_images": len(images.train[0]),
         "trained": {"branches": how, "plain": how_plain},
@@ -169,12 +174,14 @@ def phases_of(name: str, recipe: Recipe, epochs: int) -> tuple[list[Phase], list
     """How the network with branches is trained, and the plain one in as many epochs."""
     with torch.random.fork_rng(devices=[]):
         exits = recipe.build(CLASSES).num_exits
-    together = as_plan(recipe.scheme, exits, epochs)
+    together = list(as_plan(recipe.scheme, exits, epochs))
+    if name in OBJECTIVES:
+        together = [replace(phase, objective=OBJECTIVES[name]) for phase in together]
     before, after = STAGED.get(name, (0, epochs))
     if before + after != epochs:  # a sample of the benchmark
         before = 0
     if not before:
-        return list(together), plain_phases(exits, epochs)
+        return together, plain_phases(exits, epochs)
     first = plain_phases(exits, before)
     second = [replace(phase, epochs=after, lr_scale=LATER) for phase in together]
     alone = [replace(phase, name="on", lr_scale=LATER) for phase in plain_phases(exits, after)]

@@ -230,7 +230,7 @@ def load_optimizer_state(
                     continue
                 if saved.dtype != value.dtype:
                     value = saved.to(value.device)
-                if value.shape == parameter.shape:
+                if value.dim() and value.shape == parameter.shape:
                     # Fused kernels go through memory: what belongs together has to lie alike.
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
                 optimizer.state[parameter][key] = value
