@@ -38,9 +38,17 @@ from benchmarks.writing import processor, versions, write_result
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "lightning", "numpy", "onnxruntime", "onnx", "transformers")
-SYSTEMS = ("b-lenet", "b-alexnet", "b-resnet110", "inception-v1", "text", "recipes")
+BRANCHYNET = ("b-lenet", "b-alexnet", "b-alexnet-distilled", "b-resnet110")
+SYSTEMS = (*BRANCHYNET, "inception-v1", "text", "recipes")
 # Epochs that two cores can do, the same for the plain network; what may be lost, from the bars.
-EPOCHS = {"b-lenet": 20, "b-alexnet": 30, "b-resnet110": 8, "inception-v1": 15, "text": 3}
+EPOCHS = {
+    "b-lenet": 20,
+    "b-alexnet": 30,
+    "b-alexnet-distilled": 30,
+    "b-resnet110": 8,
+    "inception-v1": 15,
+    "text": 3,
+}
 DROP = {"b-resnet110": 0.015}
 
 Row = dict[str, Any]

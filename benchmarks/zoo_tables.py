@@ -13,7 +13,12 @@ Result = dict[str, Any]
 Row = dict[str, Any]
 
 NOT_YET = "Not measured yet."
-NAMES = {"b-lenet": "B-LeNet", "b-alexnet": "B-AlexNet", "b-resnet110": "B-ResNet-110"}
+NAMES = {
+    "b-lenet": "B-LeNet",
+    "b-alexnet": "B-AlexNet",
+    "b-alexnet-distilled": "B-AlexNet, distilled",
+    "b-resnet110": "B-ResNet-110",
+}
 COSTS = (0.25, 0.5, 0.75, 1.0)  # of the plain network, at which recipes are compared
 WAYS = {
     "screened": "the paper's screening",
@@ -50,13 +55,14 @@ def _summary(result: Result) -> str:
 def _branchynet(result: Result) -> str:
     paper, rows = result["conditions"]["paper"]["branchynet"], []
     for name, title in NAMES.items():
-        own = paper[name]
-        rows.append(
-            [
-                title, f"the paper, {own['data']}", f"{own['plain']:.2f}",
-                f"{own['branches']:.2f}", "", "", f"{own['gain']:.1f}×", "",
-            ]
-        )  # fmt: skip
+        own = paper.get(name)
+        if own is not None:
+            rows.append(
+                [
+                    title, f"the paper, {own['data']}", f"{own['plain']:.2f}",
+                    f"{own['branches']:.2f}", "", "", f"{own['gain']:.1f}×", "",
+                ]
+            )  # fmt: skip
         row = result["systems"].get(name)
         if row is None:
             rows.append([title, NOT_YET, *[""] * 6])
