@@ -175,9 +175,10 @@ def _operating(tests: list[Trace], policies: list[Policy], right: Tensor, full: 
     for test, policy in zip(tests, policies, strict=True):
         decided = replay(test, policy)
         taken.append(decided.exit)
-        active = torch.tensor(policy.active(test.num_exits), dtype=torch.bool)
+        on = np.less(policy.thresholds_for(test.num_exits), np.inf)
+        runs = torch.from_numpy(score(test, policy.criterion).running(on))
         came = decided.exit[:, None] >= torch.arange(test.num_exits - 1)
-        ran.append((came & active).double())
+        ran.append((came & runs).double())
         answers.append(decided.prediction == test.labels)
         costs.append(decided.cost / test.full_cost)
     exit, answered, cost = torch.cat(taken), torch.cat(answers), torch.cat(costs)
