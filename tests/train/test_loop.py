@@ -592,7 +592,7 @@ def test_each_exit_has_its_own_loss_in_whatever_order_they_are_named() -> None:
     [
         ({"accumulate": 0}, "accumulate=0: expected 1 or more"),
         ({"clip": -1.0}, "clip=-1.0: expected a norm above 0"),
-        ({"checkpoint_every": 5}, "checkpoint_every=5, checkpoint=None"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0: expected 1 or more"),
     ],
 )
 def test_settings_that_would_do_nothing(settings: dict[str, Any], text: str) -> None:

@@ -229,7 +229,7 @@ def load_optimizer_state(
                 if saved is None:
                     continue
                 if saved.dtype != value.dtype:
-                    value = saved.to(value.device)
+                    value = saved.clone().to(value.device)
                 if value.dim() and value.shape == parameter.shape:
                     # Fused kernels go through memory: what belongs together has to lie alike.
                     value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

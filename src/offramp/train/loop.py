@@ -229,7 +229,7 @@ def fit(
         seed: of shuffling, augmentation and dropout.
         checkpoint: folder for a checkpoint, written at the end of every epoch. Without one,
             no file is written at all.
-        checkpoint_every: write one every so many steps, too.
+        checkpoint_every: write one every so many steps, too, where there is a folder for it.
         resume: go on from the checkpoint in the folder, if there is one.
         precision: of Lightning's Trainer, such as ``"bf16-mixed"``; ``"auto"``: that where the
             machine multiplies bfloat16 by itself, else ``"32-true"``. A training that goes on stays
@@ -259,7 +259,7 @@ def fit(
     rate = DEFAULT_LR if lr is None else lr
     folder = None if checkpoint is None else Path(checkpoint)
     seed = int(seed)
-    _check_settings(accumulate, clip, checkpoint_every, folder)
+    _check_settings(accumulate, clip, checkpoint_every)
     found = read_checkpoint(folder) if resume and folder is not None else None
     if precision == AUTO:
         precision = found.run["precision"] if found else fastest_precision(accelerator)
@@ -363,16 +363,11 @@ def _told(value: object) -> str:
     return repr(value) if plain else type(value).__name__
 
 
-def _check_settings(
-    accumulate: int, clip: float | None, every: int | None, folder: Path | None
-) -> None:
+def _check_settings(accumulate: int, clip: float | None, every: int | None) -> None:
     """Refuse settings that would do nothing, or break in the midst of an epoch."""
     if accumulate < 1:
         raise DataError(f"accumulate={accumulate}: expected 1 or more batches a step.")
     if clip is not None and not clip > 0:
         raise DataError(f"clip={clip}: expected a norm above 0, the largest the gradient may have.")
-    if every is not None and (every < 1 or folder is None):
-        raise DataError(
-            f"checkpoint_every={every}, checkpoint={folder}: expected a number of steps above 0, "
-            "and the folder that a checkpoint is written to after so many."
-        )
+    if every is not None and every < 1:
+        raise DataError(f"checkpoint_every={every}: expected 1 or more steps.")
