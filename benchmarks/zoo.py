@@ -38,8 +38,6 @@ from benchmarks.writing import processor, versions, write_result
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "lightning", "numpy", "onnxruntime", "onnx", "transformers")
-BRANCHYNET = ("b-lenet", "b-alexnet", "b-alexnet-distilled", "b-resnet110")
-SYSTEMS = (*BRANCHYNET, "inception-v1", "text", "recipes")
 # Epochs that two cores can do, the same for the plain network; what may be lost, from the bars.
 EPOCHS = {
     "b-lenet": 20,
@@ -49,6 +47,7 @@ EPOCHS = {
     "inception-v1": 15,
     "text": 3,
 }
+SYSTEMS = (*EPOCHS, "recipes")
 DROP = {"b-resnet110": 0.015}
 
 Row = dict[str, Any]

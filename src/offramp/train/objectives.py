@@ -161,8 +161,9 @@ def distillation(
     chosen, last = _chosen(outputs, exits), len(outputs) - 1
     taught = _stacked(outputs, chosen)
     with torch.no_grad():
-        teachers = [last] if teacher == "last" else range(last + 1)
-        target = torch.softmax(_stacked(outputs, teachers) / temperature, 1).mean(0)
+        teachers = [last] if teacher == "last" else list(range(last + 1))
+        teaching = taught if teachers == chosen else _stacked(outputs, teachers)
+        target = torch.softmax(teaching / temperature, 1).mean(0)
         negative_entropy = torch.special.xlogy(target, target).sum(0)
     cross = -(target * torch.log_softmax(taught / temperature, 1)).sum(1)
     divergence: Tensor = temperature**2 * (cross + negative_entropy)

@@ -83,9 +83,9 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         samples = len(self.images)
         order = torch.arange(samples) if self.pad is None else torch.randperm(samples)
+        moves = self.pad is not None and (self.pad or self.flip)
         for rows in order.split(self.size)[: len(self)]:
             images = self.images[rows]
-            moves = self.pad is not None and (self.pad or self.flip)
             yield self._moved(images, self.pad or 0) if moves else images, self.labels[rows]
 
     def _moved(self, images: Tensor, pad: int) -> Tensor:

@@ -157,10 +157,11 @@ def remember(model: MultiExitModel, batches: Iterable[Any]) -> None:
 def _note(recipe: Recipe, images: Images, out: Path) -> None:
     """Keep what a training is made of that its checkpoint does not know, and compare it."""
     x, y = images.train
-    digest = hashlib.sha256(x.numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+    digest = hashlib.sha256(x.contiguous().numpy().data)
+    digest.update(y.contiguous().numpy().data)
     now = {
         "recipe": recipe.name,
-        "training images (sha256)": digest,
+        "training images (sha256)": digest.hexdigest(),
         "batch": recipe.batch,
         "pad": recipe.pad,
         "flip": recipe.flip,
