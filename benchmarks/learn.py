@@ -33,10 +33,10 @@ from benchmarks.learning.energy import PICOJOULES, estimate, readable
 from benchmarks.learning.frontiers import BUDGETS, TOLERANCE, figures, folds_of
 from benchmarks.learning.places import compare_places
 from benchmarks.learning.runs import PACKAGES, SGD_RATE, Keep, Run, model_of, train
-from benchmarks.learning.settings import COMPARED, PROMISING, SETTINGS
+from benchmarks.learning.settings import COMPARED, LEADING, PROMISING, SETTINGS
 from benchmarks.learning.speed import measure_speed
 from benchmarks.learning.steps import measure_memory, measure_steps
-from benchmarks.learning.tasks import BATCH, DENSE, HELD_OUT, LONG, PARTS, TASKS, quick
+from benchmarks.learning.tasks import BATCH, DEEP_LONG, DENSE, HELD_OUT, LONG, PARTS, TASKS, quick
 from benchmarks.traces import normalise
 from benchmarks.writing import processor, versions, write_result
 
@@ -89,6 +89,8 @@ def queue(seeds: int) -> Iterator[Run]:
             yield Run(DENSE, SETTINGS[DENSE_SETTING], seed)
             for name in PROMISING:
                 yield Run(LONG, SETTINGS[name], seed)
+            for name in LEADING:
+                yield Run(DEEP_LONG, SETTINGS[name], seed)
 
 
 def small() -> Iterator[Run]:

@@ -76,24 +76,25 @@ def main() -> None:
         earlier, now = result.get(name), _PARTS[name](given)
         elsewhere = name == "device" and earlier and earlier["device"] != now["device"]
         result[name] = now if elsewhere else _joined(earlier, now)
-    document = {
-        "schema": 1,
-        "benchmark": "runtime",
-        "summary": summary(result),
-        "conditions": {
-            "threads": 1,
-            "processors": {**measured_on, **dict.fromkeys(parts, processor())},
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            "versions": used,
-            "quick": given.quick,
-            "seconds": round(time.perf_counter() - begin),
-            "mixes": {name: list(shares) for name, shares in MIXES.items()},
-        },
-        "parts": result,
-    }
-    if given.json:
-        write_result(given.json, document)
+        measured_on[name] = processor()
+        document = {
+            "schema": 1,
+            "benchmark": "runtime",
+            "summary": summary(result),
+            "conditions": {
+                "threads": 1,
+                "processors": measured_on,
+                "cores": os.cpu_count(),
+                "python": platform.python_version(),
+                "versions": used,
+                "quick": given.quick,
+                "seconds": round(time.perf_counter() - begin),
+                "mixes": {mix: list(shares) for mix, shares in MIXES.items()},
+            },
+            "parts": result,
+        }
+        if given.json:  # after every part: what was measured is not lost with the next one
+            write_result(given.json, document)
     print(json.dumps(document["summary"], indent=1))
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "SMALL",
     "SUBJECTS",
     "Subject",
+    "on_host",
     "policy_for",
     "resnet56",
     "thresholds_for",
@@ -101,10 +102,16 @@ def thresholds_for(scores: Sequence[np.ndarray], shares: Sequence[float]) -> lis
     return found
 
 
+def on_host(values: Any) -> np.ndarray:
+    """A tensor of any device, or an array, as an array."""
+    found: np.ndarray = torch.as_tensor(values).cpu().numpy()
+    return found
+
+
 def policy_for(runner: Runner, rows: Any, shares: Sequence[float]) -> Policy:
     """The policy by which these shares of the rows leave, on the runner's own engine."""
     scores = [answer.score for answer in runner.anytime(rows)][:-1]
-    return Policy("confidence", thresholds_for([np.asarray(s) for s in scores], shares))
+    return Policy("confidence", thresholds_for([on_host(s) for s in scores], shares))
 
 
 def resnet56(data: Path | None) -> nn.Module:

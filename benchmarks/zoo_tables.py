@@ -18,12 +18,14 @@ NAMES = {
     "b-alexnet": "B-AlexNet",
     "b-alexnet-distilled": "B-AlexNet, distilled",
     "b-resnet110": "B-ResNet-110",
+    "b-resnet110-together": "B-ResNet-110, jointly from the start",
 }
 COSTS = (0.25, 0.5, 0.75, 1.0)  # of the plain network, at which recipes are compared
 WAYS = {
     "screened": "the paper's screening",
     "calibrated": "`calibrate`, confidence",
     "calibrated, ensemble": "`calibrate`, the exits' ensemble",
+    "calibrated, ensemble, margin": "likewise, with a margin",
     "first exit": "as many at the first exit as in the paper",
 }
 BARS: dict[str, tuple[str, Callable[[float], bool]]] = {

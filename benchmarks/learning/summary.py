@@ -18,8 +18,9 @@ Row = dict[str, Any]
 NETWORKS = {
     "fashion": ("fashion_resnet20_long", "fashion_resnet20"),
     "cifar": ("cifar_resnet20",),
-    "cifar56": ("cifar_resnet56",),
+    "cifar56": ("cifar_resnet56_long", "cifar_resnet56"),
     "fashion_short": ("fashion_resnet20",),
+    "cifar56_short": ("cifar_resnet56",),
 }
 
 

@@ -16,6 +16,7 @@ from offramp.zoo import cifar_resnet
 
 __all__ = [
     "BATCH",
+    "DEEP_LONG",
     "DENSE",
     "HELD_OUT",
     "LONG",
@@ -187,6 +188,7 @@ DENSE = replace(TASKS["fashion_resnet20"], name="fashion_resnet20_dense", exits=
 
 # Schemes that train all exits at once learn slower than the plain network: does time close the gap?
 LONG = replace(TASKS["fashion_resnet20"], name="fashion_resnet20_long", passes=10)
+DEEP_LONG = replace(TASKS["cifar_resnet56"], name="cifar_resnet56_long", passes=20, rate=2e-3)
 
 
 def quick(task: Task) -> Task:

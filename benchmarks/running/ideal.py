@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.running.bare import bare_call
-from benchmarks.subjects import EXITS, MIXES, NEVER, Subject, policy_for
+from benchmarks.subjects import EXITS, MIXES, NEVER, Subject, on_host, policy_for
 from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy
 from offramp.run.engines import Array, Engine
@@ -42,7 +42,7 @@ def measure_ideal(
         x = subject.rows(batch)
         for mix, shares in MIXES.items():
             chosen = runner.under(policy_for(runner, x, shares))
-            exits = np.asarray(chosen(x).exit)
+            exits = on_host(chosen(x).exit)
             pieces = _stages(chosen, x)
             own = subject.arrays(x, runner.engine)
             times = compare(
@@ -152,7 +152,7 @@ def measure_compaction(
     for batch in batches:
         x = subject.rows(batch)
         chosen = runner.under(policy_for(runner, x, MIXES["50/25/25"]))
-        entered = [int((np.asarray(chosen(x).exit) >= k).sum()) for k in range(EXITS + 1)]
+        entered = [int((on_host(chosen(x).exit) >= k).sum()) for k in range(EXITS + 1)]
         own = subject.arrays(x, chosen.engine)
         candidates = {"runner": lambda chosen=chosen, own=own: chosen(own)}
         for name, times in (("measured", chosen.times), ("always", always), ("never", never)):

@@ -9,7 +9,7 @@ from torch import Tensor
 from offramp.analyse.intervals import paired_difference, wilson
 from offramp.decide.trace import Trace
 
-__all__ = ["paired", "right_of", "share"]
+__all__ = ["paired", "paired_error", "right_of", "share"]
 
 Row = dict[str, Any]
 
@@ -30,3 +30,8 @@ def paired(one: Tensor, other: Tensor) -> Row:
     gained, lost = int((one & ~other).sum()), int((other & ~one).sum())
     interval = paired_difference(gained, lost, len(one))
     return {"points": 100 * (gained - lost) / len(one), "interval": [100 * v for v in interval]}
+
+
+def paired_error(one: Tensor, other: Tensor) -> float:
+    """Standard error of the difference between two shares of right answers on the same samples."""
+    return float((one.double() - other.double()).std()) / len(one) ** 0.5

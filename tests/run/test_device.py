@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import shutil
 import warnings
@@ -63,7 +64,7 @@ def test_no_exit_taken_gives_the_bits_of_the_model(kind: str) -> None:
         x = on_device(kind, size, seed=size)
         result = runner(x)
         assert torch.equal(result.logits, said(kind, x)[-1])
-        assert all(v.is_cuda for v in vars(result).values())
+        assert all(v.is_cuda for v in dataclasses.asdict(result).values())
 
 
 @device
@@ -88,8 +89,8 @@ def test_what_is_given_on_the_processor_is_answered_there(kind: str) -> None:
     runner, x = runner_on_device(kind), example_of(kind, 9)
     arrays = {k: v.numpy() for k, v in x.items()} if isinstance(x, dict) else x.numpy()
     ours, numpy = runner(x), runner(arrays)
-    assert all(v.is_cpu for v in vars(ours).values())
-    assert all(isinstance(v, np.ndarray) for v in vars(numpy).values())
+    assert all(v.is_cpu for v in dataclasses.asdict(ours).values())
+    assert all(isinstance(v, np.ndarray) for v in dataclasses.asdict(numpy).values())
     assert far(ours.logits, torch.from_numpy(numpy.logits)) <= TOLERANCE[False]
 
 
@@ -100,7 +101,7 @@ def test_a_runner_on_the_processor_answers_what_lies_on_a_device() -> None:
     for seed in range(20):  # a copy that is not waited for would be read too early
         x = example_of("cnn", 256, seed=seed)
         ours, theirs = runner(x), runner(x.cuda())
-        assert all(v.is_cuda for v in vars(theirs).values())
+        assert all(v.is_cuda for v in dataclasses.asdict(theirs).values())
         assert torch.equal(ours.logits, theirs.logits.cpu())
 
 
