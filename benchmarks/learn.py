@@ -169,7 +169,10 @@ def _speed(keep: Keep, given: argparse.Namespace) -> None:
             measured.append(measure_speed(run, keep, row["rule"], seconds))
         else:
             _say(f"{run.task.name}: the best run, {run.setting.name}, is not kept here")
-    _write(keep, given, {"speed": measured})
+    anew = {row["task"] for row in measured}
+    rows = [row for row in _before(given).get("speed", []) if row["task"] not in anew] + measured
+    order = [run.task.name for run in _runs(given)]
+    _write(keep, given, {"speed": sorted(rows, key=lambda row: order.index(row["task"]))})
 
 
 def _energy(keep: Keep, given: argparse.Namespace) -> None:
@@ -216,13 +219,10 @@ def _figures(keep: Keep, runs: list[Run]) -> list[Rows]:
 
 def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
     """What is found, beside what the file has of other sections."""
-    rows: Rows = {}
-    conditions = _conditions(given)
-    if given.json.exists():
+    rows, conditions = _before(given), _conditions(given)
+    if rows and not TIMED & found.keys():  # was timed where it was timed; runs have their own
         before = json.loads(given.json.read_text("utf-8"))
-        rows = before["rows"] if before["conditions"]["quick"] == given.quick else {}
-        if rows and not TIMED & found.keys():  # was timed where it was timed; runs have their own
-            conditions |= {name: before["conditions"][name] for name in MEASURED_ON}
+        conditions |= {name: before["conditions"][name] for name in MEASURED_ON}
     rows |= {"runs": _merged(given, keep)} | found
     write_result(
         given.json,
@@ -234,6 +234,14 @@ def _write(keep: Keep, given: argparse.Namespace, found: Rows) -> None:
             "rows": rows,
         },
     )
+
+
+def _before(given: argparse.Namespace) -> Rows:
+    """What the file has of the same kind of run."""
+    if not given.json.exists():
+        return {}
+    before = json.loads(given.json.read_text("utf-8"))
+    return dict(before["rows"]) if before["conditions"]["quick"] == given.quick else {}
 
 
 def _conditions(given: argparse.Namespace) -> Rows:

@@ -98,7 +98,7 @@ PLAIN = "plain"
 # The most promising, for what takes long; and with them those that others have published.
 PROMISING = (PLAIN, "ztw", "joint_distill", "heads")
 COMPARED = (*PROMISING, "sdn_distill", "joint", "sdn", "branchynet", "pabee")
-# Of those, what led ResNet-56 in one respect or another after a short training.
+# Of those, what led ResNet-56 in one respect or another after a short training, or promised to.
 LEADING = (PLAIN, "joint_distill", "sdn_distill", "pabee")
 
 SETTINGS = {
