@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offramp.decide import Policy, calibrate, frontier, replay
+from offramp.decide import Criterion, Policy, calibrate, criterion, frontier, replay
+from offramp.decide.methods.search import Search
+from offramp.decide.scored import measure, score
 from offramp.decide.trace import Trace
 from offramp.errors import Infeasible, PolicyError, TraceError
 from tests.decide.rules import random_trace
@@ -236,3 +238,72 @@ def test_a_network_without_auxiliary_exits():
     policy = calibrate(trace, max_cost=1.0)
     assert policy.thresholds == ()
     assert (replay(trace, policy).exit == 0).all()
+
+
+@pytest.mark.parametrize("rule", ["confidence", "patience"])
+def test_the_whole_budget_may_be_spent_whatever_rounding_says(rule):
+    """Ten tenths are a last bit more than one."""
+    cost = torch.full((10,), 0.1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (300,), generator=generator)
+    logits = torch.randn(10, 300, 3, generator=generator)
+    logits[-1, torch.arange(300), labels] += 6  # only the last exit is any good
+    trace = Trace(logits, labels, cost, torch.zeros(10))
+    policy = calibrate(trace, rule, max_cost=1.0)
+    full = float((logits[-1].argmax(1) == labels).double().mean())
+    assert accuracy(trace, policy) >= full - 0.01
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_few_scores_and_many_samples_keep_to_the_budget_and_to_what_was_found(seed):
+    """The lattice sees some of the samples; at its own cost there, all of them may cost more."""
+    trace = random_trace(60_000, seed)
+    search = Search(score(trace, criterion("patience")), lambda rows: _right(trace)[:, rows], seed)
+    for state in search.lattice.walked[1:-3:2]:
+        cost, gain = search.lattice._value(state)
+        found = search.at(cost)
+        assert search.scored.cost(found) <= cost + 1e-12
+        assert measure(search.scored, found, _right(trace))[1] >= gain - 0.02
+
+
+def _right(trace):
+    return (trace.logits.argmax(2) == trace.labels).float()
+
+
+@pytest.mark.parametrize(
+    ("goal", "text"),
+    [
+        ({"max_latency": -1.0}, "it is in milliseconds"),
+        ({"max_brier_gap": -3.0}, "difference of scores"),
+        ({"min_accuracy": 1.5}, "it is a share, as in min_accuracy=0.5"),
+    ],
+)
+def test_a_goal_out_of_range_says_what_it_is(goal, text):
+    with pytest.raises(PolicyError, match=text):
+        calibrate(TRACE, **goal)
+
+
+def test_a_score_without_bound_is_refused():
+    class Odds(Criterion):
+        name = "odds"
+
+        def forward(self, logits, state, exit):
+            best = logits.softmax(-1).amax(-1)
+            return logits, best / (1 - best), state
+
+    with pytest.raises(PolicyError, match="'odds' returned an infinite score at exit 0"):
+        calibrate(replace(TRACE, logits=TRACE.logits * 100), Odds(), max_cost=0.9)
+
+
+def test_per_exit_accuracy_serves_losses_too():
+    """The same goal, said as a loss of 0 or 1."""
+    wrong = calibrate(
+        TRACE,
+        max_loss=0.2,
+        loss=lambda logits, labels: (logits.argmax(1) != labels).double(),
+        loss_limits=(0.0, 1.0),
+        method="per-exit accuracy",
+    )
+    right = calibrate(TRACE, min_accuracy=0.8, method="per-exit accuracy")
+    cost = [p.provenance["achieved"]["cost_ratio"] for p in (wrong, right)]
+    assert cost[0] == pytest.approx(cost[1], abs=0.02)

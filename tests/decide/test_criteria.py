@@ -287,3 +287,12 @@ def test_a_criterion_that_returns_nonsense_is_named():
 
     with pytest.raises(PolicyError, match="returned NaN at exit 0"):
         score(random_trace(20), Nan())
+
+
+def test_a_tie_break_overrules_no_vote():
+    """Two classes that are close in votes are no tie."""
+    rule, state = Voting([0.300, 0.303, 0.1]), ()
+    for exit, logits in enumerate(([5.0, 0, 0], [0, 5.0, 0], [2.0, -9.0, 2.2])):
+        answer, score, state = rule(torch.tensor([logits]), state, exit)
+    assert answer.argmax(1).tolist() == [1]
+    assert float(score) == pytest.approx(0.303)

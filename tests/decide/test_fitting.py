@@ -19,7 +19,7 @@ from offramp.decide import (
     fit_temperatures,
     replay,
 )
-from offramp.decide.criteria import LearnedGate
+from offramp.decide.criteria import LearnedGate, Tempered
 from offramp.decide.fitting import stack
 from offramp.decide.scored import score
 from offramp.decide.trace import Trace
@@ -189,3 +189,16 @@ def test_what_fits_nothing_takes_no_samples_away():
     rule, rest = fit_apart(TRACE, lambda _: criterion("margin"))
     assert rule.name == "margin"
     assert rest is TRACE
+
+
+def test_what_wraps_a_fitted_rule_was_fitted_on_its_samples():
+    trace = random_trace(2000)
+    rule = fit_ensemble(trace)
+    for wrapped in (Tempered(rule, [1.0] * 4), LearnedGate(4, inner=rule)):
+        with pytest.raises(TraceError, match="was fitted on 2000 of the 2000"):
+            calibrate(trace, wrapped, max_accuracy_drop=0.05, confidence=0.9)
+
+
+def test_samples_are_known_where_some_exits_are_left_out():
+    trace = random_trace(2000)
+    assert trace.samples.overlap(trace.keep_exits([0, 2]).subset(torch.arange(500))) == 500

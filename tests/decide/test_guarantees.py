@@ -73,13 +73,16 @@ def passing_chance(test, samples, lost, won):
 
 @pytest.mark.parametrize(
     ("samples", "bound", "error"),
-    [(40, 0.05, 0.1), (60, 0.0, 0.1), (80, 0.1, 0.05), (80, 0.02, 0.2)],
-)
+    [
+        (40, 0.05, 0.1), (60, 0.0, 0.1), (80, 0.1, 0.05), (80, 0.02, 0.2),
+        (12, 0.2, 0.009), (16, 0.1, 0.009), (12, 0.02, 0.045), (20, 0.1, 0.045),
+    ],
+)  # fmt: skip
 def test_the_score_test_keeps_its_error_everywhere(samples, bound, error):
     """Over a fine grid of true rates, on the boundary and inside the hypothesis."""
     test = ScoreTest(samples, bound, error)
     worst = 0.0
-    for won in np.concatenate([np.linspace(0, 0.1, 21), np.linspace(0.12, (1 - bound) / 2, 12)]):
+    for won in np.concatenate([np.linspace(0, 0.1, 21), np.linspace(0.12, (1 - bound) / 2, 40)]):
         for extra in (0.0, 0.01, 0.05):
             if 2 * won + bound + extra <= 1:
                 worst = max(worst, passing_chance(test, samples, won + bound + extra, won))

@@ -132,3 +132,11 @@ def test_it_survives_the_policys_file(tmp_path):
     POLICY.save(tmp_path / "p.json")
     loaded = Monitor(Policy.load(tmp_path / "p.json"), seed=1)
     assert loaded.observe(*stream(200, 7)) == Monitor(POLICY, seed=1).observe(*stream(200, 7))
+
+
+def test_moved_thresholds_promise_nothing():
+    kept = calibrate(random_trace(2000), max_accuracy_drop=0.1, confidence=0.9)
+    held = Monitor(kept, hold_cost=True).policy
+    assert "promise" in kept.provenance
+    assert "promise" not in held.provenance
+    assert "nothing is promised" in held.provenance["summary"]

@@ -86,3 +86,11 @@ def test_refusals():
         prune_exits(TRACE, 0.5, "patience")
     with pytest.raises(TraceError, match="training data"):
         prune_exits(replace(TRACE, source="training"), 0.5)
+
+
+def test_what_cannot_be_pruned():
+    whole = random_trace(200)
+    with pytest.raises(PolicyError, match="no auxiliary exit"):
+        prune_exits(whole.keep_exits([]), 0.5)
+    with pytest.raises(TraceError, match="training data"):
+        prune_exits(replace(whole, labels=None, source="training"), 0.5)

@@ -113,6 +113,16 @@ def test_takes_up_where_it_stopped(model, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["t.safetensors"]
 
 
+def test_fewer_than_were_recorded_before_are_cut(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["offramp.decide.record"], "SHARD_BYTES", 1)
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(Interrupted):
+        record(Counting(model, stop_after=2), batches(), path=path, progress=False)
+    trace = record(Counting(model), batches(), path=path, progress=False, max_samples=6)
+    assert trace.num_samples == 6
+    assert torch.equal(trace.labels, batches()[0][1])
+
+
 def test_another_order_or_model_is_not_mixed_in(model, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules["offramp.decide.record"], "SHARD_BYTES", 1)
     path = tmp_path / "t.safetensors"

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from offramp.decide import Trace
@@ -122,3 +123,31 @@ def test_kept_exits_cost_what_they_did():
     assert trace.keep_exits([]).num_exits == 1
     with pytest.raises(TraceError, match=r"are 0\.\.2; got \[3\]"):
         trace.keep_exits([3])
+
+
+@pytest.mark.parametrize("name", ["head_costs", "groups"])
+def test_changed_costs_and_groups_are_found(tmp_path, name):
+    trace = random_trace(20)
+    path = tmp_path / "a.safetensors"
+    replace(trace, groups=torch.arange(20) % 2).save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        about = file.metadata()
+    tensors[name] = tensors[name].flip(0)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=about)
+    with pytest.raises(TraceError, match="its costs or groups are not those"):
+        Trace.load(path)
+
+
+@pytest.mark.parametrize("missing", ["stage_costs", "places", "schema"])
+def test_a_file_that_lacks_a_part_is_refused(tmp_path, missing):
+    path = tmp_path / "a.safetensors"
+    random_trace(20).save(path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        about = json.loads(file.metadata()["offramp"])
+    tensors.pop(missing, None)
+    about.pop(missing, None)
+    save_file(tensors, path, metadata={"offramp": json.dumps(about)})
+    with pytest.raises(TraceError, match=missing):
+        Trace.load(path)

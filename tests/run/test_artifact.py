@@ -302,3 +302,50 @@ def test_arguments_that_are_no_tensors_are_part_of_the_file(tmp_path: Path) -> N
         assert torch.allclose(result.logits, wanted[result.exit, torch.arange(4)], atol=1e-5)
         with pytest.raises(DataError, match="scale=3.0.*but the example had.*scale=2.0"):
             runner({**example, "scale": 3.0})
+
+
+def test_numbers_of_numpy_are_part_of_the_file_and_what_json_cannot_hold_is_refused(
+    tmp_path: Path,
+) -> None:
+    torch.manual_seed(0)
+    example = {"x": torch.randn(4, 6), "mask": None, "scale": np.float64(2.0)}
+    model = attach(Scaled().eval(), example, exits=["first"])
+    policy = Policy("confidence", [0.9])
+    loaded = load(export(model, policy, example, tmp_path / "a.offramp"))
+    wanted = Runner(model, policy, example)(example)
+    assert torch.allclose(loaded(example).logits, wanted.logits, atol=1e-5)
+    odd = {"x": torch.randn(4, 6), "mask": None, "scale": float("inf")}
+    model = attach(Scaled().eval(), odd, exits=["first"])
+    with pytest.raises(ArtifactError, match="What the example has beside tensors cannot be"):
+        export(model, policy, odd, tmp_path / "b.offramp")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.offramp"]
+
+
+def test_a_link_goes_on_leading_to_the_newest(tmp_path: Path) -> None:
+    one, policy = case("mlp"), Policy("confidence", [0.5, 0.5])
+    parts = {MODEL: b"model", POLICY: b"policy"}
+    artifact._write(tmp_path / "v1", parts, {})
+    (tmp_path / "current").symlink_to("v1")
+    export(one.model, policy, one.example, tmp_path / "current")
+    assert (tmp_path / "current").is_symlink()
+    assert verify(tmp_path / "v1")["kind"] == artifact.KIND
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["current", "v1"]
+
+
+def test_what_cannot_be_put_in_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "made"
+    artifact._write(target, {MODEL: b"old"}, {})
+    rename = Path.rename
+
+    def failing(self: Path, other: Path) -> Path:
+        if self.name.endswith(".part"):
+            raise OSError("the disk is gone")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="the disk is gone"):
+        artifact._write(target, {MODEL: b"new"}, {})
+    assert (target / MODEL).read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["made"]

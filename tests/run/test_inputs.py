@@ -192,3 +192,17 @@ def test_every_error_is_of_the_library() -> None:
     for given, _ in IMAGES.values():
         with pytest.raises(OfframpError):
             runner(given)
+
+
+def test_reversed_arrays_are_cut_into_pieces_and_named() -> None:
+    runner, x = runner_of("cnn", "torch"), example_of("cnn", 7).numpy()[:, :, ::-1]
+    wanted = runner(x.copy())
+    runner.max_batch = 3
+    assert np.allclose(runner(x).logits, wanted.logits, atol=1e-5)
+    bad = x.copy()
+    bad[4, 0, 0, 0] = np.nan
+    with pytest.raises(DataError, match="row 4"):
+        runner(bad[:, :, ::-1])
+    runner.max_batch = 100
+    with pytest.raises(DataError, match="row 4"):
+        runner(bad[:, :, ::-1])

@@ -290,3 +290,24 @@ def test_a_threshold_is_compared_alike_for_one_row_and_for_many() -> None:
     assert math.isclose(float(just(example).score[3]), float(scores[3]), rel_tol=1e-5)
     exits = [int(just(example[i : i + 1]).exit[0]) for i in range(16)]
     assert exits == just(example).exit.tolist()
+
+
+class Halving(nn.Module):
+    """Writes into what it is given, and cannot be exported: it looks at its values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.div_(2) if bool(x.abs().sum() >= 0) else x
+
+
+def test_stages_that_write_into_their_input_leave_the_callers_alone() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Halving(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+    example = torch.randn(4, 6)
+    before = example.clone()
+    model = attach(net.eval(), example.clone(), exits=["1"])
+    runner = Runner(model, Policy("confidence", [0.5]), example)
+    given = example.numpy().copy()
+    first, second = runner(given), runner(given)
+    assert torch.equal(example, before)
+    assert np.array_equal(given, before.numpy())
+    assert np.array_equal(first.logits, second.logits)

@@ -10,6 +10,7 @@ from offramp.errors import DataError, StageError
 from offramp.run.graph import cut
 from offramp.run.rows import RowAxis
 from offramp.run.runner import Runner
+from offramp.run.times import StageTimes
 from tests.run.conftest import KINDS, case
 
 
@@ -146,3 +147,119 @@ def test_an_example_of_one_is_refused() -> None:
     one = case("mlp")
     with pytest.raises(DataError, match="at least two samples"):
         cut(one.model, torch.randn(1, 12))
+
+
+class Masked(nn.Module):
+    """Attention by heads that are folded into the batch; the mask is made once, for both layers."""
+
+    def __init__(self, fold: str) -> None:
+        super().__init__()
+        self.fold = fold
+        self.first, self.tap, self.second = nn.Linear(6, 6), nn.Identity(), nn.Linear(6, 6)
+        self.fc = nn.Linear(6, 3)
+
+    def mask(self, keep: Tensor) -> Tensor:
+        if self.fold == "outer, bool":  # as nn.MultiheadAttention takes it
+            return (~keep)[:, None, :].repeat_interleave(2, 0)
+        if self.fold == "outer, infinite":
+            return (
+                torch.zeros(keep.shape)
+                .masked_fill(~keep, -torch.inf)[:, None]
+                .repeat_interleave(2, 0)
+            )
+        return (~keep)[:, None, :].repeat(2, 1, 1)
+
+    def attend(self, x: Tensor, mask: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        heads = x.reshape(batch, length, 2, width // 2)
+        inner = self.fold == "inner, bool"
+        heads = heads.permute(2, 0, 1, 3) if inner else heads.permute(0, 2, 1, 3)
+        folded = heads.reshape(2 * batch, length, width // 2)
+        scores = folded @ folded.transpose(1, 2)
+        if mask.dtype == torch.bool:
+            scores = scores.masked_fill(mask, -1e9)
+        else:
+            scores = scores + mask
+        folded = scores.softmax(-1) @ folded
+        if inner:
+            return folded.reshape(2, batch, length, -1).permute(1, 2, 0, 3).reshape(x.shape)
+        return folded.reshape(batch, 2, length, -1).permute(0, 2, 1, 3).reshape(x.shape)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        mask = self.mask(keep)
+        x = self.tap(x + self.attend(self.first(x), mask))
+        return self.fc((x + self.attend(self.second(x), mask)).mean(1))
+
+
+@pytest.mark.parametrize("fold", ["inner, bool", "outer, bool", "outer, infinite"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_example_without_padding_does_not_hide_whose_mask_it_is(fold: str, padded: bool) -> None:
+    torch.manual_seed(0)
+    keep = torch.ones(6, 5, dtype=torch.bool)
+    if padded:
+        keep[1, 3:] = keep[2, 1:] = False
+    example = {"x": torch.randn(6, 5, 6), "keep": keep}
+    model = attach(Masked(fold).eval(), example, exits=["tap"])
+    x = torch.randn(6, 5, 6)
+    lengths = torch.tensor([5, 1, 3, 2, 4, 1])
+    given = {"x": x, "keep": torch.arange(5) < lengths[:, None]}
+    with torch.no_grad():
+        early, last = model(**given).logits
+    confident = early.softmax(-1).amax(-1)
+    policy = Policy("confidence", [float(confident.sort().values[3:5].mean())])
+    runner = Runner(model, policy, example)
+    runner.times = StageTimes.none()  # it always compacts
+    result = runner(**given)
+    wanted = torch.where((result.exit == 0)[:, None], early, last)
+    assert len(result.exit.unique()) == 2
+    assert torch.allclose(result.logits, wanted, atol=1e-5)
+
+
+class Numbered(nn.Module):
+    """Rows are numbered once; the numbers are read before and after the exit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.tap, self.second = nn.Linear(6, 6), nn.Identity(), nn.Linear(6, 6)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, last: Tensor) -> Tensor:
+        number = torch.arange(x.shape[0])
+        x = torch.tanh(self.first(x))
+        x = self.tap(x + x[number, last][:, None])
+        x = torch.tanh(self.second(x))
+        return self.fc(x[number, last])
+
+
+def test_row_numbers_are_those_of_the_rows_that_are_left() -> None:
+    torch.manual_seed(0)
+    example = {"x": torch.randn(6, 5, 6), "last": torch.tensor([4, 0, 2, 1, 3, 4])}
+    model = attach(Numbered().eval(), example, exits=["tap"])
+    with torch.no_grad():
+        early, last = model(**example).logits
+    confident = early.softmax(-1).amax(-1)
+    policy = Policy("confidence", [float(confident.sort().values[3:5].mean())])
+    for engine in ("torch", "onnxruntime"):
+        runner = Runner(model, policy, example, engine=engine)
+        runner.times = StageTimes.none()
+        result = runner(**example)
+        wanted = torch.where((result.exit == 0)[:, None], early, last)
+        assert torch.allclose(result.logits, wanted, atol=1e-5)
+
+
+def test_names_that_differ_by_a_dot_are_not_mixed_up() -> None:
+    class Alike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+            self.f_1, self.tap, self.fc = nn.Linear(6, 6), nn.Identity(), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(torch.tanh(self.tap(torch.tanh(self.f_1(self.f(x))))))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    model = attach(Alike().eval(), x, exits=["tap"])
+    runner = Runner(model, Policy("confidence", [2.0]), x)
+    with torch.no_grad():
+        assert torch.equal(runner(x).logits, model.backbone(x))

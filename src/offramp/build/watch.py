@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from offramp.build.attention import plain_attention
 from offramp.build.flow import FlowRecorder
 from offramp.build.layout import ChannelUse, channel_use
 from offramp.build.outputs import tensors_in
@@ -155,14 +156,10 @@ def as_found(backbone: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; training flags and random state restored afterwards."""
     flags = [(module, module.training) for module in backbone.modules()]
     devices = sorted({p.device for p in backbone.parameters() if p.device.type == "cuda"}, key=str)
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    # The fused path of nn.TransformerEncoder calls no submodule and hides its work.
-    torch.backends.mha.set_fastpath_enabled(False)
     backbone.eval()
     try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with plain_attention(), torch.random.fork_rng(devices=devices), torch.no_grad():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
         for module, training in flags:
             module.training = training

@@ -309,8 +309,7 @@ def _within(task: _Task, goal: Goal) -> Tensor:
             f"cost {least * scale:.4g}{unit}. Add an earlier exit, or ask for no less than that.",
             best,
         )
-    found = task.solve(min(budget, max(full, least)))
-    return found if task.scored.cost(found) <= budget else task.cheapest()
+    return task.solve(min(budget, max(full, least)))
 
 
 def _good_enough(task: _Task, goal: Goal) -> Tensor:

@@ -22,6 +22,7 @@ __all__ = [
     "fit_temperatures",
     "sampled",
     "stack",
+    "refuse_training",
     "usable",
 ]
 
@@ -129,17 +130,26 @@ def fit_apart(
     return rule, rest if rule.fitted_on else trace
 
 
-def usable(trace: Trace, what: str) -> Tensor:
-    """The labels of a trace that something may be fitted on.
+def refuse_training(trace: Trace, what: str) -> None:
+    """Refuse a trace of training data.
 
     Raises:
-        TraceError: no labels, or training data.
+        TraceError: it is one.
     """
     if trace.source == "training":
         raise TraceError(
             f"{what} must not be fitted on a trace of training data: the exits are surer there "
             f"than they will ever be again. Record held-out samples instead."
         )
+
+
+def usable(trace: Trace, what: str) -> Tensor:
+    """The labels of a trace that something may be fitted on.
+
+    Raises:
+        TraceError: no labels, or training data.
+    """
+    refuse_training(trace, what)
     if trace.labels is None:
         raise TraceError(f"{what} can only be fitted on a trace with labels; this one has none.")
     return trace.labels

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from offramp.decide import gains as worth
 from offramp.decide.criteria import Criterion, LearnedGate
-from offramp.decide.fitting import usable
+from offramp.decide.fitting import refuse_training
 from offramp.decide.scored import Scored, score
 from offramp.decide.trace import Trace
 from offramp.errors import PolicyError, TraceError
@@ -67,8 +67,7 @@ def fit_gates(
     """
     if (max_cost is None) == (price is None):
         raise PolicyError("fit_gates needs either max_cost= or price=, and not both.")
-    if trace.labels is not None:
-        usable(trace, "Gates")
+    refuse_training(trace, "Gates")
     if trace.num_samples < LEAST:
         raise TraceError(
             f"Gates are trained on some samples and stopped by others, so at least {LEAST} are "

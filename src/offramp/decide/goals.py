@@ -107,8 +107,13 @@ def resolve(trace: Trace, given: dict[str, float | None]) -> Goal:
     low = {"max_accuracy_drop": -1.0, "max_brier_gap": -2.0, "max_loss": -math.inf}.get(name, 0.0)
     high = 1.0 if bounds in ("accuracy", "agreement") else math.inf
     if not low <= number <= high or math.isinf(number):
-        hint = "it is a share of the full network's cost" if name == "max_cost" else "it is a share"
-        raise PolicyError(f"{name}={value} is out of range: {hint}, as in {name}=0.5.")
+        hint = {
+            "max_cost": "it is a share of the full network's cost, as in max_cost=0.5",
+            "max_latency": "it is in milliseconds, above 0, as in max_latency=2.5",
+            "max_brier_gap": "it is a finite difference of scores, -2 or more, as in 0.02",
+            "max_loss": "it is a finite mean of your loss, as in 0.1",
+        }.get(name, f"it is a share, as in {name}=0.5")
+        raise PolicyError(f"{name}={value} is out of range: {hint}.")
     if bounds in ("accuracy", "loss") and trace.labels is None:
         raise TraceError(
             f"{name} needs labels, and this trace has none. Without labels, thresholds can be "

@@ -112,6 +112,11 @@ class Monitor:
         if not self.hold_cost:
             return self._policy
         about = {**self._policy.provenance, "held": self._samples}
+        about.pop("promise", None)  # it was of the thresholds as they were
+        about["summary"] = (
+            f"thresholds moved by a monitor over {self._samples} samples to hold the cost; nothing "
+            f"is promised of them"
+        )
         return Policy(self._policy.criterion, self._thresholds.tolist(), about)
 
     def observe(self, scores: ArrayLike, exits: ArrayLike) -> Watch:

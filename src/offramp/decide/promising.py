@@ -74,7 +74,7 @@ def _sentence(trace: Trace, kept: Kept, promise: Promise) -> str:
     return (
         f"{nobody}{chance}, {what} that are drawn independently from the same source; void if new "
         f"samples come from elsewhere, if the network, its numerics or the thresholds are changed, "
-        f"or if these samples had a part in training it or in choosing the criterion"
+        f"or if these samples had a part in training it or in choosing the criterion or the exits"
     )
 
 

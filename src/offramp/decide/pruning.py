@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offramp.decide import gains as worth
 from offramp.decide.criteria import Criterion, criterion
-from offramp.decide.fitting import usable
+from offramp.decide.fitting import refuse_training
 from offramp.decide.methods.families import shared
 from offramp.decide.methods.turn import turn
 from offramp.decide.scored import Scored, measure, score
@@ -64,7 +64,8 @@ def prune_exits(
     one by one while that helps. On at most 8,192 samples, each subset is judged under one
     shared threshold that just spends
     the budget: no threshold is fitted to labels, so the comparison between thousands of subsets is
-    not won by the one that fits noise best. Calibrate the kept exits afterwards.
+    not won by the one that fits noise best. Calibrate the kept exits afterwards; a promise about
+    them needs samples that had no part in this choice.
 
     Args:
         trace: of samples that training never saw.
@@ -78,8 +79,9 @@ def prune_exits(
             meets.
         TraceError: the trace is of training data.
     """
-    if trace.labels is not None:
-        usable(trace, "A choice of exits")
+    refuse_training(trace, "A choice of exits")
+    if trace.num_exits < 2:
+        raise PolicyError("This trace has no auxiliary exit, so there is none to prune.")
     if head_costs is not None:
         heads = torch.as_tensor(head_costs, dtype=torch.float64)
         if len(heads) == trace.num_exits - 1:

@@ -168,7 +168,11 @@ class _Held:
             blocks.append((tensors["logits"], tensors.get("labels"), tensors["marks"]))
         blocks += self.blocks
         self.blocks = []
-        return _join(blocks)
+        logits, labels, marks = _join(blocks)
+        if self.passed < len(marks):  # more is on disk than was asked for now
+            logits, marks = logits[:, : self.passed].contiguous(), marks[: self.passed]
+            labels = None if labels is None else labels[: self.passed]
+        return logits, labels, marks
 
     def clean(self) -> None:
         if self.path is not None:

@@ -1,8 +1,9 @@
 """Which samples a trace holds, so that what was fitted on some is not tested on them.
 
-A sample is known by the bits of its logits at all exits, where only one sample has them. That two
-traces have some in common still proves nothing where samples are alike, as where a data set holds
-the same image twice: only more than there would be by chance does.
+A sample is known by the bits of its logits at the last exit (which stays when others are left out),
+where only one sample has them. That two traces have some in common still proves nothing where
+samples are alike, as where a data set holds the same image twice: only more than there would be by
+chance does.
 """
 
 from __future__ import annotations
@@ -38,14 +39,10 @@ class Samples:
     def of(cls, trace: Trace) -> Samples:
         """Those of a trace."""
         generator = torch.Generator().manual_seed(0)
-        marks = torch.zeros(trace.num_samples, dtype=torch.int64)
-        for logits in trace.logits:
-            factors = torch.randint(2**62, (trace.num_classes,), generator=generator)
-            for part in torch.arange(trace.num_samples).split(CHUNK):
-                bits = logits[part].view(torch.int32).long()
-                own = bits @ (2 * factors + 1)
-                marks[part] = marks[part] * 0x5851F42D4C957F2D + own  # modulo 2**64
-        return cls(trace.fingerprint, marks)
+        factors = 2 * torch.randint(2**62, (trace.num_classes,), generator=generator) + 1
+        parts = trace.logits[-1].split(CHUNK)
+        marks = [part.view(torch.int32).long() @ factors for part in parts]  # modulo 2**64
+        return cls(trace.fingerprint, torch.cat(marks))
 
     def overlap(self, trace: Trace) -> int:
         """How many samples of a trace are among these; 0 where that may well be chance.

@@ -121,6 +121,11 @@ def score(trace: Trace, rule: Criterion, loss: Loss | None = None) -> Scored:
             for k in range(exits):
                 logits, value, state = rule(trace.logits[k, part], state, k)
                 scores[k, part] = _checked(value, part, f"criterion {rule.name!r}", k)
+                if bool(torch.isposinf(scores[k, part]).any()):
+                    raise PolicyError(
+                        f"The criterion {rule.name!r} returned an infinite score at exit {k}: an "
+                        f"infinite threshold means that nobody leaves there. Bound its scores."
+                    )
                 predictions[k, part] = logits.argmax(dim=1)
                 if loss is not None and losses is not None:
                     labels = _labels(trace, part)

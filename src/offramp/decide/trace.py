@@ -221,6 +221,7 @@ class Trace:
             "source": self.source,
             "fingerprint": self.fingerprint,
             "cascade": self.cascade,
+            "rest": _rest(tensors),
         }
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.part")
@@ -274,17 +275,39 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
             f"{path} is not a trace, or is cut off ({error}). "
             f"Traces are written by offramp.record(..., path=) or Trace.save()."
         ) from error
-    if about.get("kind") != "trace":
+    if not isinstance(about, dict) or about.get("kind") != "trace":
         raise TraceError(
             f"{path} is a safetensors file, but not a trace of offramp. "
             f"Traces are written by offramp.record(..., path=) or Trace.save()."
         )
-    if about["schema"] > SCHEMA:
+    if not isinstance(about.get("schema"), int) or about["schema"] > SCHEMA:
         raise TraceError(
-            f"{path} has trace schema {about['schema']}; this offramp reads up to {SCHEMA}. "
+            f"{path} has trace schema {about.get('schema')}; this offramp reads up to {SCHEMA}. "
             f"Update offramp, or record the trace again."
         )
+    missing = {*_ABOUT} - about.keys() | {*_TENSORS} - tensors.keys()
+    if missing:
+        raise TraceError(f"{path} is damaged: it lacks {sorted(missing)}. Record the trace again.")
+    if about.get("rest", found := _rest(tensors)) != found:
+        raise TraceError(
+            f"{path} is damaged: its costs or groups are not those that were written. Record the "
+            f"trace again."
+        )
     return about, tensors
+
+
+_ABOUT = ("cost_unit", "places", "source", "fingerprint")
+_TENSORS = ("logits", "stage_costs", "head_costs")
+
+
+def _rest(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of what the fingerprint leaves out."""
+    digest = hashlib.sha256()
+    for name in ("stage_costs", "head_costs", "groups"):
+        if name in tensors:
+            digest.update(name.encode())
+            digest.update(tensors[name].contiguous().numpy().data.cast("B"))
+    return digest.hexdigest()
 
 
 def _logits(value: Any) -> Tensor:  # noqa: ANN401

@@ -24,6 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import onnx
 import torch
 from torch.utils import _pytree as pytree
@@ -95,9 +96,10 @@ def export(
         raise ArtifactError(
             f"{len(classes)} class names for a model of {model.num_classes} classes. Name each."
         )
-    _check_json(preprocessing)
+    _check_json("preprocessing", preprocessing)
     kept = [k for k, runs in enumerate(policy.active(model.num_exits)) if runs or exits == "all"]
     staged = cut(model, example, kept)
+    _check_json("What the example has beside tensors", _constants(staged.call))
     steps = chain(staged, policy, model.num_exits)
     file = connect(convert(steps), steps, staged.call.names)
     parts = {MODEL: file.SerializeToString()}
@@ -117,12 +119,12 @@ def export(
     return target
 
 
-def _check_json(preprocessing: Mapping[str, Any] | None) -> None:
+def _check_json(what: str, value: Mapping[str, Any] | None) -> None:
     try:
-        json.dumps(preprocessing, allow_nan=False)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ArtifactError(
-            f"preprocessing cannot be written as JSON: {error}. Give numbers, texts, lists and "
+            f"{what} cannot be written as JSON: {error}. Give numbers, texts, lists and "
             "mappings of these."
         ) from error
 
@@ -215,9 +217,7 @@ def _facts(model: MultiExitModel, staged: StagedModel, steps: Sequence[Step]) ->
         "inputs": _inputs(staged.call),
         "outputs": ["logits", "prediction", "exit", "score"],
         "structure": pytree.treespec_dumps(staged.call.spec),
-        "constants": {
-            str(i): x for i, x in enumerate(staged.call.leaves) if not hasattr(x, "shape")
-        },
+        "constants": _constants(staged.call),
         "num_classes": model.num_classes,
         "places": list(model.places),
         "costs": {
@@ -229,6 +229,15 @@ def _facts(model: MultiExitModel, staged: StagedModel, steps: Sequence[Step]) ->
         "row_bytes": staged.row_bytes,
         "steps": [_link_to_json(step) for step in steps],
         "versions": {"torch": torch.__version__, "onnx": onnx.__version__},
+    }
+
+
+def _constants(call: Call) -> dict[str, Any]:
+    """What stands in the example beside tensors, by position."""
+    return {
+        str(i): leaf.item() if isinstance(leaf, np.generic) else leaf
+        for i, leaf in enumerate(call.leaves)
+        if not isinstance(leaf, torch.Tensor | np.ndarray)
     }
 
 
@@ -372,6 +381,7 @@ def _part(folder: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
 
 
 def _write(target: Path, parts: Mapping[str, bytes], manifest: Mapping[str, Any]) -> None:
+    target = Path(os.path.realpath(target))  # a link goes on leading to what is written
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
@@ -384,8 +394,12 @@ def _write(target: Path, parts: Mapping[str, bytes], manifest: Mapping[str, Any]
         if target.exists():
             old = fresh.with_suffix(".old")
             target.rename(old)
-            fresh.rename(target)
-            shutil.rmtree(old)
+            try:
+                fresh.rename(target)
+            except BaseException:
+                old.rename(target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         else:
             fresh.rename(target)
     finally:

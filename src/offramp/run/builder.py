@@ -39,6 +39,7 @@ class StageBuilder:
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, Any] = {}
         self.sizes: dict[sympy.Symbol, fx.Proxy] = {}
+        self.targets: dict[str, str] = {}  # the attribute of each parameter and buffer
 
     def build(self) -> fx.GraphModule:
         """The module: from the values that are read to the logits and the values made."""
@@ -109,8 +110,12 @@ class StageBuilder:
         name = self.cutter.state_names[node.name]
         program = self.cutter.program
         tensor = program.state_dict[name] if name in program.state_dict else program.constants[name]
-        target = name.replace(".", "_")
-        if not hasattr(self.root, target):
+        target = self.targets.get(name)
+        if target is None:
+            target = name.replace(".", "_")
+            while hasattr(self.root, target):  # f.1 beside f_1
+                target += "_"
+            self.targets[name] = target
             if isinstance(tensor, nn.Parameter):
                 self.root.register_parameter(target, tensor)
             else:

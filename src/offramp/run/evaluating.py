@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from offramp.build.attention import plain_attention
+
 __all__ = ["PRECISION", "evaluating", "full_precision"]
 
 PRECISION = threading.RLock()  # held by whoever relies on it, or changes it for a moment
-_LOCK = threading.Lock()
-_inside = 0  # how many are within, on all threads: the switch of the fast path is the process's
-_was = True
 
 
 @contextmanager
@@ -34,28 +33,11 @@ def evaluating(model: nn.Module, *, fused: bool = False) -> Iterator[None]:
         if fused:
             yield
         else:
-            with _plain_attention():
+            with plain_attention():
                 yield
     finally:
         for module in training:
             module.training = True
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    global _inside, _was
-    with _LOCK:
-        if not _inside:
-            _was = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _LOCK:
-            _inside -= 1
-            if not _inside:
-                torch.backends.mha.set_fastpath_enabled(_was)
 
 
 @contextmanager

@@ -181,6 +181,7 @@ class Cutter:
         self.batch = self._batch_symbol()
         self.counted = self._counted()
         self.varying = self._varying()
+        self.valued = self._valued()
         self.indexing = self._indexing() if selector is not None else set()
         self.stage_of = self._assign()
 
@@ -232,6 +233,19 @@ class Cutter:
                 varying.add(node)
         return varying
 
+    def _valued(self) -> set[fx.Node]:
+        """Nodes that depend on what an input holds, or on chance, and not on sizes alone.
+
+        Row numbers made of the batch size, say, are those of the rows that are left.
+        """
+        valued = set(self.inputs)
+        for node in self.program.graph.nodes:
+            random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            size = node.target is torch.ops.aten.sym_size.int
+            if random or not size and any(source in valued for source in node.all_input_nodes):
+                valued.add(node)
+        return valued
+
     def _assign(self) -> dict[fx.Node, int]:
         """For each node that some exit needs: the first stage that needs it."""
         stage_of: dict[fx.Node, int] = {}
@@ -250,7 +264,7 @@ class Cutter:
 
     def _remade(self, node: fx.Node) -> bool:
         """Whether every stage makes this node for itself rather than receive it."""
-        return node not in self.varying or node in self.indexing or not is_tensor(node)
+        return node not in self.valued or node in self.indexing or not is_tensor(node)
 
     # -- stages ------------------------------------------------------------------------------------
 
@@ -319,7 +333,7 @@ class Cutter:
             seen.add(node)
             if not is_tensor(node):
                 continue  # a symbolic size: computed anew
-            if node not in self.varying:
+            if node not in self.valued:
                 pending.extend(node.all_input_nodes)
             elif node not in self.indexing and self.stage_of.get(node, -1) < position:
                 wanted.add(node)

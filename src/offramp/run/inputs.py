@@ -90,10 +90,11 @@ def check_finite(given: Sequence[Any], known: Call) -> None:
     for name, value, checked in zip(known.names, given, known.finite, strict=True):
         if not checked or _finite(value):
             continue
-        rows = torch.isfinite(torch.as_tensor(value)).reshape(len(value), -1).all(1)
-        bad = (~rows).nonzero().flatten().tolist()
+        finite: Any = np if isinstance(value, np.ndarray) else torch
+        rows = np.asarray(finite.isfinite(value)).reshape(len(value), -1).all(1)
+        bad = np.flatnonzero(~rows).tolist()
         raise DataError(
-            f"The values of row {bad[0]} ({len(bad)} of {len(rows)} rows) are not finite: the "
+            f"The values of row {bad[0]} ({len(bad)} of {len(value)} rows) are not finite: the "
             f"input has NaN or infinite values in {name!r}. Leave these rows out, or mend them."
         )
 
@@ -142,8 +143,11 @@ def explain_not_finite(logits: np.ndarray, given: Sequence[Any], first: int = 0)
         first: the number of the first of them in the batch that was given.
     """
     bad = np.flatnonzero(~np.isfinite(logits).all(-1))
-    by_row = [torch.as_tensor(value) for value in given if len(value) == len(logits)]
-    at_fault = any(not torch.isfinite(value[bad]).all() for value in by_row)
+    by_row = [value[bad] for value in given if len(value) == len(logits)]
+    at_fault = any(
+        not (np if isinstance(value, np.ndarray) else torch).isfinite(value).all()
+        for value in by_row
+    )
     what = "the input has NaN or infinite values" if at_fault else "the model overflows on them"
     row = first + int(bad[0])
     raise DataError(

@@ -349,13 +349,17 @@ class Runner:
     def _in_pieces(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
         """A batch that would not fit into memory, as several."""
         check_finite(given, self.call)  # of the whole batch, before any of it is answered
-        tensors = [torch.as_tensor(value) for value in given]
         arrays = isinstance(given[0], np.ndarray)
         pieces = []
         for rows in torch.arange(samples_of(given, self._selector)).split(self.max_batch):
-            part: list[Any] = take_samples(tensors, rows, self._selector)
-            part = [value.detach().cpu().numpy() for value in part] if arrays else part
-            pieces.append(self._answer(part, deadline_ms, begin, int(rows[0])))
+            first = int(rows[0])
+            if self._selector is None:
+                part = [value[first : first + len(rows)] for value in given]
+            else:
+                tensors = [torch.as_tensor(value) for value in given]
+                part = take_samples(tensors, rows, self._selector)
+                part = [value.detach().cpu().numpy() for value in part] if arrays else part
+            pieces.append(self._answer(part, deadline_ms, begin, first))
         join = np.concatenate if arrays else torch.cat
         return Result(*(join([getattr(p, f.name) for p in pieces]) for f in fields(Result)))
 

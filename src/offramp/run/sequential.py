@@ -35,6 +35,7 @@ class _Piece(nn.Module):
         self.head = head
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.clone()  # a part may write into what it is given, which is the caller's
         for part in self.parts:
             x = part(x)
         return self.head(x), x
@@ -49,6 +50,7 @@ class _Last(nn.Module):
         self._logits = model._logits
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.clone()
         for part in self.parts:
             x = part(x)
         return (find_logits(x, self._logits),)
@@ -91,7 +93,7 @@ def _own(module: nn.Module) -> nn.Module:
 
 def _row_bytes(parts: Sequence[nn.Module], x: Tensor) -> float:
     """Bytes of the largest value between two parts and the one before it, for one sample."""
-    sizes = [0.0]
+    sizes, x = [0.0], x.clone()
     with torch.no_grad():
         for part in (nn.Identity(), *parts):
             x = part(x)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from offramp.errors import StageError
 from offramp.run.calls import Call
 from offramp.run.rows import RowAxis
 from offramp.run.selection import Selector, samples_of, take_samples
@@ -91,27 +92,58 @@ def oriented(staged: StagedModel) -> StagedModel:
     """Find out, by trying, in which order samples lie where they are folded with something else.
 
     The example is run as it is and with two samples exchanged; the order is the one in which
-    exchanging the samples of the first gives the second.
+    exchanging the samples of the first gives the second. What that does not tell, as of a mask
+    that is the same in all samples, is told by an example whose samples differ in all inputs.
     """
-    if all(axis is None or axis.multiple == 1 for axis in staged.rows.values()):
-        return staged
-    tensors = staged.call.tensors
-    swap = torch.arange(staged.samples, device=tensors[0].device)
-    differs = [bool(any((v[k] != v[0]).any() for v in tensors)) for k in range(staged.samples)]
-    other = differs.index(True) if staged.selector is None else 1
-    swap[[0, other]] = swap[[other, 0]]
-    plain = _values(staged, tensors)
-    swapped = _values(staged, staged.take(tensors, swap))
+    folded = {name: axis for name, axis in staged.rows.items() if axis and axis.multiple > 1}
     rows = dict(staged.rows)
-    for name, axis in staged.rows.items():
-        if axis is None or axis.multiple == 1:
-            continue
-        orders = (axis, replace(axis, inner=True))
-        far = [
-            float((order.take(plain[name], swap) - swapped[name]).abs().sum()) for order in orders
-        ]
-        rows[name] = orders[far[1] < far[0]]
+    tensors = staged.call.tensors
+    examples = [tensors] if staged.selector is not None else [tensors, _shaken(tensors)]
+    for example in examples:
+        if not folded:
+            break
+        swap = torch.arange(staged.samples, device=example[0].device)
+        differs = [bool(any((v[k] != v[0]).any() for v in example)) for k in range(staged.samples)]
+        other = differs.index(True) if staged.selector is None and any(differs) else 1
+        swap[[0, other]] = swap[[other, 0]]
+        try:
+            plain = _values(staged, example)
+            swapped = _values(staged, staged.take(example, swap))
+        except (RuntimeError, IndexError) as error:
+            raise StageError(
+                f"The example does not tell in which order samples lie in {sorted(folded)}, and "
+                f"other inputs, made to tell, break the model ({error}). Give an example whose "
+                "rows differ in every input (a mask with padding, say)."
+            ) from error
+        for name, axis in list(folded.items()):
+            orders = (axis, replace(axis, inner=True))
+            far = [_unlike(order.take(plain[name], swap), swapped[name]) for order in orders]
+            if far[0] != far[1]:
+                rows[name] = orders[far[1] < far[0]]
+                del folded[name]
     return replace(staged, rows=rows)
+
+
+def _unlike(one: Tensor, other: Tensor) -> int:
+    """How many entries of two values differ by more than rounding; NaN is as NaN."""
+    if one.is_floating_point():
+        return int((~torch.isclose(one, other, rtol=1e-4, atol=1e-6, equal_nan=True)).sum())
+    return int((one != other).sum())
+
+
+def _shaken(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """An example whose samples differ: noise, and here and there another truth value or a zero."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for tensor in tensors:
+        drawn = torch.rand(tensor.shape, generator=generator).to(tensor.device)
+        if tensor.is_floating_point():
+            made.append(tensor + (drawn - 0.5).to(tensor.dtype))
+        elif tensor.dtype == torch.bool:
+            made.append(tensor ^ (drawn < 0.3))
+        else:
+            made.append(torch.where(drawn < 0.3, 0, tensor))
+    return made
 
 
 def _values(staged: StagedModel, tensors: Sequence[Tensor]) -> dict[str, Tensor]:

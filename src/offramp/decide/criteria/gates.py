@@ -74,6 +74,7 @@ class LearnedGate(Criterion):
         self.inner = criterion(inner)
         self.exits, self.hidden = exits, hidden
         self.combines = self.inner.combines  # type: ignore[misc]
+        self.fitted_on = self.inner.fitted_on
         self.gates = nn.ModuleList(Gate(hidden) for _ in range(exits - 1))
         # Features are brought to mean 0 and spread 1, as on the trace of the fit.
         self.register_buffer("center", torch.zeros(exits - 1, FEATURES))

@@ -46,6 +46,7 @@ class Tempered(Criterion):
             )
         # As the inner one is: whether exits pass state on, and whether logits are joint.
         self.stateful = self.inner.stateful  # type: ignore[misc]
+        self.fitted_on = self.inner.fitted_on
         self.combines = self.inner.combines  # type: ignore[misc]
 
     def config(self) -> dict[str, Any]:

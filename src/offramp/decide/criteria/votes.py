@@ -83,13 +83,15 @@ class Voting(Criterion):
         weight = 1.0 if self.weights is None else self.weights[exit]
         vote = weight * _one_hot(logits.argmax(dim=-1, keepdim=True), logits)
         votes = vote if not state else state[0] + vote
-        # The tie-break is far below any vote, and keeps the logarithm finite.
-        broken = votes + TIE * logits.softmax(dim=-1)
+        most = votes.amax(dim=-1, keepdim=True)
+        tied = (votes >= most * (1 - ROUNDING)).to(votes.dtype)
+        broken = votes + TIE * tied * logits.softmax(dim=-1)
         return (broken + FLOOR).log(), votes.amax(dim=-1), (votes,)
 
 
-TIE = 1e-2
-FLOOR = 1e-3
+TIE = 1e-2  # of a vote, between those that have the most
+ROUNDING = 1e-6  # by which sums of the same weights may differ
+FLOOR = 1e-3  # keeps the logarithm finite
 
 
 def _one_hot(said: Tensor, logits: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def per_exit_accuracy(scored: Scored, gains: Tensor) -> Family:
     rates = torch.where(ends, rates, -torch.inf)
     # The best rate from each position on: the largest position that still has the wanted rate.
     best = rates.flip(1).cummax(1).values.flip(1)
-    levels = best.clamp(min=0).flatten().unique()
+    levels = best.flatten().unique()
     levels = torch.cat([levels, levels.new_tensor([torch.inf])])
 
     def at(position: float) -> Tensor:

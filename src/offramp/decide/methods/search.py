@@ -45,6 +45,7 @@ WORTH = 2e-4  # the gain for which a head is switched off or on
 ROWS = 20_000  # beyond it, sampling noise is far below what any test set could show
 COARSE = 6_000  # of them that the first, long steps are taken on
 CLIMBS = 3  # starts that are improved
+TRIES = 20  # settings of a lattice that are looked at on all samples
 SURE = 0.5  # standard errors by which a shorter network has to be better
 LINES = (geometric, shared, quantile)  # the first is what is held to in doubt
 
@@ -94,7 +95,7 @@ class Search:
             (E - 1,) float32.
         """
         if self.lattice is not None:
-            return self.lattice.at(budget)
+            return self._on_lattice(self.lattice, budget)
         known, starts = self._starts(budget)
         climbed = [self._climb(self.coarse, start, budget) for start in starts[:CLIMBS]]
         best = self._switch(max(climbed, key=lambda setting: setting.gain), budget)
@@ -110,6 +111,17 @@ class Search:
         mean = (1 - way) * start.log_odds + way * np.mean(found, axis=0)
         chosen = self._or_cut(self._settle(self.land, mean, best.on, budget), budget)
         return self._exact(chosen.log_odds, chosen.on, budget)
+
+    def _on_lattice(self, lattice: Lattice, budget: float) -> Tensor:
+        """The lattice's, which sees some of the samples only, within the budget on all of them."""
+        aim = budget
+        for _ in range(TRIES):
+            found = lattice.at(aim)
+            over = self.scored.cost(found) - budget
+            if over <= 1e-12:
+                break
+            aim = min(aim - over, self.few.cost(found) - 1e-9)
+        return found
 
     def _or_cut(self, found: _Setting, budget: float) -> _Setting:
         """What was found, or a network cut short that is better by more than little chance."""
