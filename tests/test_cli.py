@@ -7,19 +7,20 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from offramp.analyse.report import Report
 from offramp.cli import main
 from offramp.cli.app import _exits
+from offramp.cli.deploy import class_names
 from offramp.cli.factories import backbone_of
 from offramp.cli.saved import load_model
 from offramp.decide.policy import Policy
 from offramp.decide.trace import Trace
 from offramp.demo import QUICK, digits
 from offramp.demo import run as run_demo
-from offramp.errors import ArtifactError, DataError
+from offramp.errors import ArtifactError, DataError, PolicyError
 from offramp.run.artifact import load
 from offramp.run.runner import Runner
 from tests.networks import example_of, make
@@ -492,3 +493,58 @@ def test_the_demo_shows_time_beside_cost(demo):
     _, report, _ = demo
     assert "ms, batch 1" in str(report)
     assert "ms, batch 64" in str(report)
+
+
+@pytest.mark.parametrize("part", ["schema", "network", "training_fingerprints"])
+def test_a_model_that_lacks_a_part(fitted, tmp_path, part):
+    about = json.loads((fitted / "model.json").read_text())
+    tensors = load_file(fitted / "model.safetensors")
+    about.pop(part, None)
+    tensors.pop(part, None)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "model.json").write_text(json.dumps(about))
+    with pytest.raises(ArtifactError, match=part):
+        load_model(tmp_path)
+
+
+def test_what_is_in_the_way_is_told_before_the_training(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    data = f"--data={HERE}:never"
+    message = refused(capsys, "fit", f"{HERE}:network", data, f"--out={tmp_path / 'file'}")
+    assert "File exists" in message
+
+
+def never():
+    raise AssertionError("data were loaded")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["plan", f"{HERE}:network", f"--held-out={HERE}:held_out"], "which needs --data"),
+        (["plan", f"{HERE}:network", "--heads=pool"], "which needs --data"),
+        (
+            ["fit", f"{HERE}:network", f"--data={HERE}:train", "--out=x", "--plan=p", "--exits=2"],
+            "leave out --exits, or --plan",
+        ),
+        (["inspect", "./mynets.py:make"], "./mynets.py:make"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(capsys, arguments, text):
+    assert text in refused(capsys, *arguments)
+
+
+def test_many_names_of_classes_are_no_file(tmp_path):
+    names = [f"class number {k}" for k in range(100)]
+    assert class_names(",".join(names)) == names
+    (tmp_path / "names").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="cannot be read as text"):
+        class_names(str(tmp_path / "names"))
+
+
+def test_a_folder_for_a_policy_or_a_trace(fitted, tmp_path, capsys):
+    with pytest.raises(PolicyError, match="is not a policy"):
+        Policy.load(tmp_path)
+    data = f"--data={HERE}:calibration"
+    message = refused(capsys, "record", fitted, data, f"--out={tmp_path}")
+    assert "is a folder" in message

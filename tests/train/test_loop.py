@@ -20,9 +20,9 @@ from offramp.build.batch import fingerprints, unpack
 from offramp.build.model import attach
 from offramp.errors import DataError
 from offramp.train.loop import fit
-from offramp.train.objectives import cross_entropy, sample_losses
+from offramp.train.objectives import CrossEntropy, cross_entropy, sample_losses
 from offramp.train.phases import Phase
-from offramp.train.schemes import SCHEMES, Joint, Layerwise
+from offramp.train.schemes import SCHEMES, Alternating, Joint, Layerwise
 from tests.networks import example_of, make
 from tests.train.tiny import Breaking, data_of, digests, loader_of, model_of
 
@@ -591,6 +591,7 @@ def test_each_exit_has_its_own_loss_in_whatever_order_they_are_named() -> None:
     ("settings", "text"),
     [
         ({"accumulate": 0}, "accumulate=0: expected 1 or more"),
+        ({"lr": -1.0}, "lr=-1.0: expected a learning rate above 0"),
         ({"clip": -1.0}, "clip=-1.0: expected a norm above 0"),
         ({"checkpoint_every": 0}, "checkpoint_every=0: expected 1 or more"),
     ],
@@ -598,3 +599,16 @@ def test_each_exit_has_its_own_loss_in_whatever_order_they_are_named() -> None:
 def test_settings_that_would_do_nothing(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(DataError, match=text):
         quick(model_of(), loader_of(), **settings)
+
+
+def test_turns_are_of_steps_also_where_several_batches_make_one() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def noted(outputs: Any, labels: Tensor, exits: Any = None) -> Tensor:
+        seen.append(tuple(exits))
+        return CrossEntropy()(outputs, labels, exits)
+
+    quick(model_of(), batches_of()[:5], scheme=Alternating(noted), epochs=2, accumulate=2)
+    steps = [seen[0:2], seen[2:4], seen[4:5], seen[5:7], seen[7:9], seen[9:10]]
+    assert all(len(set(step)) == 1 for step in steps)
+    assert [len(step[0]) for step in steps] == [1, 4, 1, 4, 1, 4]

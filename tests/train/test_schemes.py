@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offramp.errors import DataError
-from offramp.train.objectives import CrossEntropy, Distill
+from offramp.train.objectives import Boosting, CrossEntropy, Distill, Matched
 from offramp.train.phases import Phase
 from offramp.train.schemes import (
     SCHEMES,
@@ -17,6 +18,7 @@ from offramp.train.schemes import (
     Joint,
     Layerwise,
     Mixed,
+    Scheme,
     Separate,
     as_plan,
 )
@@ -167,3 +169,24 @@ def test_an_objective_of_ones_own_prints_what_it_was_given() -> None:
             raise NotImplementedError
 
     assert "Focal(gamma=2.0)" in str(Joint(Focal(2.0)).plan(2, 1))
+
+
+@pytest.mark.parametrize("scheme", [Mixed, Separate])
+def test_the_backbone_alone_learns_from_no_untrained_head(scheme: type[Scheme]) -> None:
+    own = CrossEntropy(label_smoothing=0.1)
+    for around in (Distill(own, teacher="ensemble"), Boosting(own), Matched(Distill(own))):
+        phases = scheme(around).phases(4)
+        assert phases[0].objective == own
+        assert all(phase.objective == around for phase in phases[1:])
+
+
+def test_layer_by_layer_no_exit_learns_from_later_ones() -> None:
+    phases = Layerwise(Distill(teacher="ensemble")).phases(4)
+    outputs = list(torch.randn(4, 6, 3))
+    labels = torch.randint(3, (6,))
+    terms = phases[1].objective(outputs, labels, (1,))
+    outputs[2:] = torch.randn(2, 6, 3)
+    assert torch.equal(terms, phases[1].objective(outputs, labels, (1,)))
+    outputs[0] = torch.randn(6, 3)
+    assert not torch.equal(terms, phases[1].objective(outputs, labels, (1,)))
+    assert Layerwise().phases(4)[1].objective == CrossEntropy()

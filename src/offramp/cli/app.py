@@ -44,10 +44,10 @@ Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The entry point: an error of the library is one message on standard error and exit code 1."""
+    """The entry point: an error of the library, or of a file, is one message and exit code 1."""
     try:
         app(None if arguments is None else list(arguments))
-    except OfframpError as error:
+    except (OfframpError, OSError) as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
         sys.exit(1)
 
@@ -125,7 +125,9 @@ def plan(
     worth: Annotated[
         float, typer.Option(help="What an exit has to bring, as a share of the cost.")
     ] = 0.01,
-    samples: Annotated[int, typer.Option(help="Rows that the network runs on at most.")] = 8_000,
+    samples: Annotated[
+        int, typer.Option(help="Rows of each loader that the network runs on at most.")
+    ] = 8_000,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -133,6 +135,11 @@ def plan(
     from offramp.cli.factories import backbone_of, loader_of
     from offramp.places.search import plan as search
 
+    if data is None and (held_out or heads):
+        raise DataError(
+            "--held-out and --heads are for a search, which needs --data; without it, exits are "
+            "placed by cost alone."
+        )
     backbone, example = backbone_of(network, shape)
     found = search(
         backbone,
@@ -158,7 +165,9 @@ def fit(
     data: Annotated[str, typer.Option(help="module:factory of the training loader.")],
     out: Annotated[Path, typer.Option(help="Folder for the trained model.")],
     shape: Shape = None,
-    exits: Exits = "3",
+    exits: Annotated[
+        str | None, typer.Option(help="As for inspect; 3 without --plan.", show_default=False)
+    ] = None,
     planned: Annotated[
         Path | None, typer.Option("--plan", help="Exits and heads as `offramp plan --out` wrote.")
     ] = None,
@@ -181,9 +190,12 @@ def fit(
     from offramp.cli.saved import read_plan, save_model
     from offramp.train.loop import fit as train
 
+    if planned is not None and exits is not None:
+        raise DataError("--plan says where the exits are; leave out --exits, or --plan.")
+    out.mkdir(parents=True, exist_ok=True)  # rather now than after the training
     torch.manual_seed(seed)
     backbone, example = backbone_of(network, shape)
-    places, heads = (_exits(exits), None) if planned is None else read_plan(planned)
+    places, heads = (_exits(exits or "3"), None) if planned is None else read_plan(planned)
     model = attach(backbone, example, exits=places, heads=heads or "auto", cascade=cascade)
     history = train(
         model,
@@ -376,6 +388,7 @@ def zoo(context: typer.Context, as_json: AsJson = False) -> None:
     from offramp.zoo.systems import SYSTEMS
     from offramp.zoo.text import TEXT
 
+    context.obj = as_json  # also where it stands before the name of a command
     if context.invoked_subcommand is None:
         listed = Catalogue(list(SYSTEMS.values()), list(TEXT.values()))
         _show(listed.to_dict(), listed.render(), as_json)
@@ -383,6 +396,7 @@ def zoo(context: typer.Context, as_json: AsJson = False) -> None:
 
 @zoo_app.command("run")
 def zoo_run(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="As `offramp zoo` lists it.")],
     data: Annotated[Path, typer.Option(help="Folder with the images' or sentences' files.")],
     encoder: Annotated[
@@ -403,6 +417,7 @@ def zoo_run(
     from offramp.zoo.systems import system
     from offramp.zoo.text import TEXT, run_text
 
+    as_json = as_json or bool(context.obj)
     folder = Path("runs/zoo") / name if out is None else out
     run: Callable[..., Any]
     if name not in TEXT:

@@ -35,11 +35,20 @@ CALIBRATED, NOBODY, EVERYBODY = "as calibrated", "nobody leaves", "all at the fi
 
 
 def class_names(text: str | None) -> list[str] | None:
-    """Names of classes: separated by commas, or one on each line of a file of that name."""
+    """Names of classes: separated by commas, or one on each line of a file of that name.
+
+    Raises:
+        DataError: the file cannot be read as text.
+    """
     if text is None:
         return None
-    if Path(text).is_file():
-        return Path(text).read_text("utf-8").splitlines()
+    try:
+        if Path(text).is_file():
+            return Path(text).read_text("utf-8").splitlines()
+    except ValueError as error:
+        raise DataError(f"--classes {text!r} cannot be read as text: {error}.") from error
+    except OSError:  # too long for the name of a file
+        pass
     return [name.strip() for name in text.split(",")]
 
 

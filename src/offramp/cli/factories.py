@@ -69,7 +69,7 @@ def _call(name: str) -> Any:  # noqa: ANN401
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, TypeError, ValueError) as error:
         raise DataError(
             f"{name!r}: {error}. Modules are looked for in the current folder and among those "
             "that are installed."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +74,14 @@ def load_model(folder: Path) -> tuple[MultiExitModel, Any]:
         ) from error
     if not isinstance(about, dict) or about.get("kind") != "model":
         raise ArtifactError(f"{folder / ABOUT} does not describe a model of offramp.")
+    _complete(folder / ABOUT, about, ("schema",))
     if about["schema"] > SCHEMA:
         raise ArtifactError(
             f"{folder / ABOUT} has schema {about['schema']}; this offramp reads up to {SCHEMA}. "
             "Update offramp."
         )
+    _complete(folder / ABOUT, about, ("network", "shape", "places"))
+    _complete(folder / TENSORS, tensors, (SEEN,))
     backbone, example = backbone_of(about["network"], about["shape"])
     model = attach(
         backbone,
@@ -112,14 +115,25 @@ def read_plan(path: Path) -> tuple[list[str], list[str]]:
         ) from error
     if not isinstance(found, dict) or found.get("kind") != "places":
         raise ArtifactError(f"{path} is not a plan. Make one with: offramp plan ... --out FILE")
+    _complete(path, found, ("schema",))
     if found["schema"] > PLAN_SCHEMA:
         raise ArtifactError(
             f"{path} has schema {found['schema']}; this offramp reads up to {PLAN_SCHEMA}. "
             "Update offramp."
         )
+    _complete(path, found, ("exits",))
     if not found["exits"]:
         raise ArtifactError(
             f"The plan in {path} has no exits, since none pays there. Place some by --exits, or "
             "leave the network as it is."
         )
+    _complete(path, found, ("heads",))
     return found["exits"], found["heads"]
+
+
+def _complete(path: Path, found: Mapping[str, Any], wanted: Sequence[str]) -> None:
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise ArtifactError(f"{path} is damaged: it lacks {missing}. Write it again.")
+    if not isinstance(found.get("schema", 1), int):
+        raise ArtifactError(f"{path} is damaged: its schema is no number. Write it again.")

@@ -162,7 +162,7 @@ class Policy:
             data = json.loads(source.read_text("utf-8"))
         except FileNotFoundError:
             raise PolicyError(f"There is no policy at {source}.") from None
-        except (ValueError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise PolicyError(f"{source} is not a policy, or is cut off: {error}") from error
         return cls.from_json(data)
 

@@ -62,6 +62,8 @@ def record(
         TraceError: logits that are NaN or do not fit together; or ``path`` holds the shards of
             another model or another order of samples.
     """
+    if path is not None and Path(path).is_dir():
+        raise DataError(f"path={str(path)!r} is a folder. Give the name of a .safetensors file.")
     held = _Held(None if path is None else Path(path), _digest(model))
     with _prepared(model, device) as place:
         select = getattr(model, "select", None)

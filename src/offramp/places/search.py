@@ -83,7 +83,7 @@ def plan(
         drops: tolerated drops of accuracy, as shares.
         worth: what each exit has to bring, as a share of the backbone's cost.
         criterion: a name or an instance of one without state.
-        samples: rows that the backbone runs on at most.
+        samples: rows of each loader that the backbone runs on at most.
         epochs: passes over the kept features, to train the heads.
         logits: as for :func:`offramp.attach`.
         seed: of the division of rows, and of the heads.

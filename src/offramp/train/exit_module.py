@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -192,7 +193,8 @@ class ExitModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
         epoch, step, length = self._last = self.standing(batch_idx)
-        exits = self.phase.supervised(epoch * length + step)
+        joined = self.trainer.accumulate_grad_batches  # batches that make a step
+        exits = self.phase.supervised(epoch * math.ceil(length / joined) + step // joined)
         self._supervised.update(exits)
         labels = _labels(batch)
         try:

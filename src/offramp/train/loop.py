@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -259,7 +260,7 @@ def fit(
     rate = DEFAULT_LR if lr is None else lr
     folder = None if checkpoint is None else Path(checkpoint)
     seed = int(seed)
-    _check_settings(accumulate, clip, checkpoint_every)
+    _check_settings(accumulate, clip, checkpoint_every, lr)
     found = read_checkpoint(folder) if resume and folder is not None else None
     if precision == AUTO:
         precision = found.run["precision"] if found else fastest_precision(accelerator)
@@ -363,11 +364,15 @@ def _told(value: object) -> str:
     return repr(value) if plain else type(value).__name__
 
 
-def _check_settings(accumulate: int, clip: float | None, every: int | None) -> None:
+def _check_settings(
+    accumulate: int, clip: float | None, every: int | None, lr: float | None
+) -> None:
     """Refuse settings that would do nothing, or break in the midst of an epoch."""
     if accumulate < 1:
         raise DataError(f"accumulate={accumulate}: expected 1 or more batches a step.")
     if clip is not None and not clip > 0:
         raise DataError(f"clip={clip}: expected a norm above 0, the largest the gradient may have.")
+    if lr is not None and not 0 < lr < math.inf:
+        raise DataError(f"lr={lr}: expected a learning rate above 0, such as 0.001.")
     if every is not None and every < 1:
         raise DataError(f"checkpoint_every={every}: expected 1 or more steps.")

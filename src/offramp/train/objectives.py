@@ -32,6 +32,7 @@ __all__ = [
     "CrossEntropy",
     "Distill",
     "ExitLoss",
+    "ExitsSoFar",
     "Matched",
     "Objective",
     "boosted",
@@ -41,6 +42,7 @@ __all__ = [
     "exit_losses",
     "leave_shares",
     "sample_losses",
+    "without_others",
 ]
 
 Teacher = Literal["last", "ensemble"]
@@ -330,6 +332,38 @@ class Matched:
         relative = shares / shares.mean(1, keepdim=True).clamp_min(1e-12)
         terms = self.objective(outputs, labels, chosen)
         return terms * (self.floor + (1 - self.floor) * relative)
+
+
+@dataclass(frozen=True)
+class ExitsSoFar:
+    """Another objective that sees no exit after those that are trained.
+
+    For phases whose later exits are not trained yet: a teacher among the exits is then made of the
+    earlier ones alone.
+
+    Attributes:
+        objective: what is computed on them.
+    """
+
+    objective: Objective = field(default_factory=CrossEntropy)
+
+    def __call__(
+        self, outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
+    ) -> Tensor:
+        """Terms ``(K, B)``."""
+        chosen = _chosen(outputs, exits)
+        return self.objective([outputs[k] for k in range(max(chosen) + 1)], labels, chosen)
+
+
+def without_others(objective: Objective) -> Objective:
+    """What is left of an objective where one exit alone is trained, and no other is of any use.
+
+    Distillation, boosting and matched weights look at other exits; the objective inside of them
+    is left.
+    """
+    while isinstance(objective, Distill | Boosting | Matched):
+        objective = objective.objective
+    return objective
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from offramp.errors import DataError, unknown_name
-from offramp.train.objectives import CrossEntropy, Objective
+from offramp.train.objectives import CrossEntropy, ExitsSoFar, Objective, without_others
 from offramp.train.phases import Phase, Plan
 from offramp.train.weights import Weights
 
@@ -94,21 +94,23 @@ class Layerwise(Scheme):
 
     Phase ``k`` trains stage ``k`` and head ``k``; the last trains the remaining layers and the
     backbone's own classifier. Greedy layer-wise learning (Belilovsky et al., ICML 2019), with the
-    exits kept.
+    exits kept. An objective that looks at other exits sees those that are trained by then.
     """
 
     summary: ClassVar[str] = "each exit with its layers, then frozen"
 
     def phases(self, num_exits: int) -> list[Phase]:
         """One phase for each exit, shallow to deep."""
-        last = num_exits - 1
+        last, objective = num_exits - 1, self.objective
+        if without_others(objective) is not objective:
+            objective = ExitsSoFar(objective)
         return [
             Phase(
                 f"exit {k}" if k < last else "backbone",
                 stages=(k,),
                 heads=(k,) if k < last else (),
                 exits=(k,),
-                objective=self.objective,
+                objective=objective,
             )
             for k in range(num_exits)
         ]
@@ -135,6 +137,9 @@ class Heads(Scheme):
 @dataclass(frozen=True)
 class Separate(Scheme):
     """The backbone first, then its heads, then a short joint tuning.
+
+    The backbone alone learns by what is left of the objective without other exits, which are not
+    trained by then.
 
     Attributes:
         weights: of the exits' losses in the phases with heads.
@@ -164,7 +169,8 @@ class Separate(Scheme):
 class Mixed(Scheme):
     """The backbone first, then everything jointly.
 
-    "Mixed" in Kubaty et al., "How to train your multi-exit model?" (2025).
+    "Mixed" in Kubaty et al., "How to train your multi-exit model?" (2025). The backbone alone
+    learns by what is left of the objective without other exits.
 
     Attributes:
         weights: of the exits' losses in the joint phase.
@@ -260,7 +266,8 @@ def _joint(
 
 def _backbone(num_exits: int, objective: Objective) -> Phase:
     last = num_exits - 1
-    return Phase("backbone", tuple(range(num_exits)), (), (last,), objective=objective)
+    own = without_others(objective)
+    return Phase("backbone", tuple(range(num_exits)), (), (last,), objective=own)
 
 
 def _heads(num_exits: int, objective: Objective, weights: Weights) -> Phase:
