@@ -82,6 +82,13 @@ def _summary(result: Result) -> str:
             shown = "not reached" if value is None else f"{value:.3f}"
             fine = value is not None and met(value)
             rows.append([f"`{name}`", shown, unit, bar, "yes" if fine else "**no**"])
+            about = name.partition("accuracy_")[2]
+            if name.startswith("macs_at") and f"calibrated_macs_{about}" in result["summary"]:
+                cost, points = (
+                    result["summary"][f"calibrated_{what}_{about}"] for what in ("macs", "points")
+                )
+                of = f"calibrated, at {points:+.2f} points beside plain"
+                rows.append([f"`calibrated_macs_{about}`", f"{cost:.3f}", of, "", ""])
     for name, unit in (("memory_overhead", "of the plain training's memory, worst"),
                        ("runs", "trainings")):  # fmt: skip
         if name in result["summary"]:
@@ -180,8 +187,9 @@ def _gradients(result: Result) -> str:
     for layer in norms[shown[0]]:
         cells = []
         for name in shown:
-            quarters = norms[name].get(layer, [])
-            cells += [f"{quarters[0]:.3f}", f"{quarters[-1]:.3f}"] if quarters else ["–", "–"]
+            quarters = norms[name].get(layer) or [None]
+            ends = (quarters[0], quarters[-1])  # none where the layer was frozen
+            cells += ["–" if norm is None else f"{norm:.3f}" for norm in ends]
         rows.append([layer, *cells])
     head = [f"{_title(result, n)}, {when}" for n in shown for when in ("first quarter", "last")]
     return table(["layer", *head], rows)
@@ -251,11 +259,12 @@ def _speed(result: Result) -> str:
     rows = [
         [_named(result, row["task"]), _title(result, row["setting"]), f"{row['plain_ms']:.2f}",
          f"{row['exits_ms']:.2f}", f"{row['faster']:.2f}×", f"{row['by_macs']:.2f}×",
-         f"{row['measured_over_macs']:.3f}"]
+         f"{row['measured_over_macs']:.3f}",
+         row.get("processor", result["conditions"]["processor"])]
         for row in result["rows"].get("speed", [])
     ]  # fmt: skip
     head = ["network", "scheme", "plain, ms", "with exits, ms", "faster", "by MACs",
-            "measured over MACs"]  # fmt: skip
+            "measured over MACs", "on"]  # fmt: skip
     return table(head, rows) if rows else NOT_YET
 
 

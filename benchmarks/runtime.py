@@ -145,7 +145,7 @@ def _stages(given: argparse.Namespace) -> dict[str, Any]:
 
 def _device(given: argparse.Namespace) -> dict[str, Any]:
     """The stages on a device, by eager torch."""
-    batches, seconds = ([1, 64], 0.5) if given.quick else ([1, 8, 64, 512], 0.5)
+    batches, seconds = ([1, 64], 0.5) if given.quick else ([1, 8, 64, 512], 2.0)
     ideal, overhead = [], []
     for name in _networks(given, "resnet56_cifar"):
         print(f"  {name} on {given.device}", file=sys.stderr)

@@ -149,17 +149,18 @@ def _device(result: Result) -> str:
         return "Not measured yet."
     rows = [
         [row["network"], str(row["batch"]), row["mix"], f"{row['runner_ms']:.2f}",
-         f"{row['ratio']:.3f}"]
+         f"ideal, {row['ideal_ms']:.2f}", f"{row['ratio']:.3f}"]
         for row in part["ideal"]
     ]  # fmt: skip
     rows += [
-        [row["network"], str(row["batch"]), "none, over the backbone", f"{row['runner_ms']:.2f}",
-         f"{row['ratio']:.3f}"]
+        [row["network"], str(row["batch"]), "none", f"{row['runner_ms']:.2f}",
+         f"backbone, {row['bare_ms']:.2f}", f"{row['ratio']:.3f}"]
         for row in part["overhead"]
     ]  # fmt: skip
     versions = ", ".join(f"{name} {version}" for name, version in part["versions"].items())
     told = f"{part['device']}, {versions}."
-    return table(["network", "batch", "leave", "ms", "over the ideal"], rows) + "\n\n" + told
+    head = ["network", "batch", "leave", "ms", "beside, ms", "ratio"]
+    return table(head, rows) + "\n\n" + told
 
 
 def _conditions(result: Result) -> str:

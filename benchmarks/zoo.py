@@ -155,7 +155,7 @@ def _before(given: argparse.Namespace) -> dict[str, Row]:
 
 
 def summarise(rows: dict[str, Row]) -> Row:
-    """What is watched: of the best way that loses no more than the bar allows."""
+    """What is watched; of BranchyNet's systems, of one way to choose thresholds each."""
     found: Row = {}
     for name, short in (
         ("b-lenet", "blenet"),

@@ -60,12 +60,17 @@ def summarise(rows: Row) -> Row:
         if best is None or task in said:  # no larger budget was measured
             continue
         said.add(task)
-        costs = [least_cost(r) for r in runs if (r["task"], r["setting"]) == (task, best)]
+        own = [r for r in runs if (r["task"], r["setting"]) == (task, best)]
+        costs = [least_cost(r) for r in own]
         reached = [cost for cost in costs if cost is not None]
         found[f"best_{short}"] = best
         found[f"macs_at_plain_accuracy_{short}"] = (
             float(np.mean(reached)) if len(reached) == len(costs) else None
         )
+        points = [r["operating"] for r in own]
+        found[f"calibrated_macs_{short}"] = float(np.mean([p["cost"] for p in points]))
+        gained = np.mean([p["less_plain"]["points"] for p in points])
+        found[f"calibrated_points_{short}"] = 100 * float(gained)
     worst = {
         "measured_over_macs_speedup": (min, "speed", "measured_over_macs"),
         "step_overhead": (max, "steps", "ratio_less_heads"),

@@ -1,8 +1,9 @@
 """A text encoder with an exit after every layer, on the binary Stanford Sentiment Treebank.
 
-Every system has the same budget of epochs, thresholds chosen on the development sentences, and the
-test sentences to be judged on. Beside them: the encoder fine-tuned without exits, and encoders that
-are simply shorter, fine-tuned for as long.
+Every system of a paper has the same budget of epochs, thresholds chosen on the development
+sentences, and the test sentences to be judged on; of the library's own, one has that budget and one
+twice as many. Beside them: the encoder fine-tuned without exits, and encoders that are simply
+shorter, fine-tuned for as long.
 """
 
 from __future__ import annotations
