@@ -15,7 +15,8 @@ from torch._dynamo.utils import counters
 
 from offramp.decide.policy import Policy
 from offramp.decide.record import record
-from offramp.run.engines import OnnxRuntime, OpenVINO
+from offramp.errors import OfframpError
+from offramp.run.engines import OnnxRuntime, OpenVINO, Torch
 from offramp.run.proof import TOLERANCE
 from offramp.run.runner import Runner
 from offramp.run.times import Line, StageTimes
@@ -280,3 +281,11 @@ def test_an_engine_can_be_given_with_its_settings() -> None:
         assert runner.engine is engine
         assert engine.threads == 1
         assert far(runner(one.example).logits, wanted) <= TOLERANCE[False]
+
+
+def test_one_engine_serves_one_device() -> None:
+    one, engine = case("mlp"), Torch()
+    Runner(one.model, Policy.final(), one.example, engine=engine)
+    Runner(one.model, Policy.final(), one.example, engine=engine)
+    with pytest.raises(OfframpError, match="serves a runner on cpu.* one on meta"):
+        engine.serve(torch.device("meta"))

@@ -94,6 +94,19 @@ class Engine(ABC):
 class _TorchArrays(Engine):
     """Engines that compute on torch tensors."""
 
+    def serve(self, device: torch.device) -> None:
+        """Compute there from now on.
+
+        Raises:
+            OfframpError: another runner has this engine, on another device.
+        """
+        if "device" in self.__dict__ and self.device != device:
+            raise OfframpError(
+                f"This engine serves a runner on {self.device}, and cannot serve one on {device} "
+                f"as well. Give each its own, or the name: engine={self.name!r}."
+            )
+        self.device = device
+
     def array(self, value: Tensor | np.ndarray) -> Tensor:
         if not isinstance(value, Tensor):
             value = torch.from_numpy(np.ascontiguousarray(value))
@@ -142,7 +155,7 @@ class Torch(_TorchArrays):
 
     def load(self, steps: Sequence[Step]) -> list[StepCall]:
         """As in :class:`Engine`."""
-        self.device = steps[0].example[0].device
+        self.serve(steps[0].example[0].device)
         return [self._call(step) for step in steps]
 
     def _call(self, step: Step) -> StepCall:
@@ -164,7 +177,7 @@ class Inductor(_TorchArrays):
 
     def load(self, steps: Sequence[Step]) -> list[StepCall]:
         """As in :class:`Engine`."""
-        self.device = steps[0].example[0].device
+        self.serve(steps[0].example[0].device)
         return [self._call(step) for step in steps]
 
     def _call(self, step: Step) -> StepCall:
