@@ -40,11 +40,15 @@ _LOOK_EVERY = 25
 
 
 class Standing(NamedTuple):
-    """Where a phase stands: its epoch and the step in it, counted from 0, and steps per epoch."""
+    """Where a phase stands: its epoch and the batch in it, counted from 0, and batches per epoch.
+
+    ``joined`` batches make a step.
+    """
 
     epoch: int
     step: int
     length: int
+    joined: int = 1
 
 
 class ExitModule(pl.LightningModule):
@@ -192,8 +196,7 @@ class ExitModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
-        epoch, step, length = self._last = self.standing(batch_idx)
-        joined = self.trainer.accumulate_grad_batches  # batches that make a step
+        epoch, step, length, joined = self._last = self.standing(batch_idx)
         exits = self.phase.supervised(epoch * math.ceil(length / joined) + step // joined)
         self._supervised.update(exits)
         labels = _labels(batch)
@@ -267,7 +270,8 @@ class ExitModule(pl.LightningModule):
         """Where the phase stands at a batch of this epoch."""
         length = self.trainer.num_training_batches
         known = int(length) if length != float("inf") else 0
-        return Standing(self.trainer.current_epoch, batch_idx, known)
+        joined = self.trainer.accumulate_grad_batches
+        return Standing(self.trainer.current_epoch, batch_idx, known, joined)
 
     def last_good_checkpoint(self) -> str | None:
         """The newest checkpoint, which is older than a loss that is no number."""

@@ -78,8 +78,7 @@ class PhaseModule(ExitModule):
 
         Batches whose gradients are summed up count as one, so that they equal a large batch.
         """
-        epoch, step, length = self.standing(batch_idx)
-        joined = self.session.settings.accumulate
+        epoch, step, length, joined = self.standing(batch_idx)
         within = (step // joined) / math.ceil(length / joined) if length else 0.0
         factor = self.session.settings.schedule((epoch + within) / self.phase.epochs)
         for group in self.optimizer.param_groups:
@@ -114,7 +113,8 @@ class PhaseModule(ExitModule):
     def standing(self, batch_idx: int) -> Standing:
         """Where the session stands: an epoch that was interrupted goes on in its midst."""
         position = self.session.position
-        return Standing(position.epoch, position.step, self.session.loader.length or 0)
+        length, joined = self.session.loader.length or 0, self.session.settings.accumulate
+        return Standing(position.epoch, position.step, length, joined)
 
     def last_good_checkpoint(self) -> str | None:
         """The session's."""
