@@ -12,7 +12,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c const
 WORKERS ?= 2
 # Where the data of the benchmarks is.
 DATA ?= data
-# Tests run side by side, each on one thread. Headless drawing, no hub.
+# Tests run side by side, each on one thread; those of a file one after the other, since they share
+# what takes long to make. Headless drawing, no hub.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=agg HF_HUB_OFFLINE=1
 
 .PHONY: help demo test slow check bench docs clean
@@ -43,7 +44,7 @@ demo: $(VENV)/.installed  ## train, calibrate, run and measure an early-exit net
 	$(BIN)/offramp demo $(ARGS)
 
 test: $(VENV)/.installed-test  ## the tests but for the slow ones
-	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m "not slow" -n $(WORKERS) --dist loadfile $(ARGS)
 
 slow: $(VENV)/.installed-test  ## the slow tests
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow $(ARGS)
