@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -245,18 +246,13 @@ def _ways(name: str, drop: float) -> dict[str, Choose]:
         except Infeasible:
             return None
 
-    def ensemble(trace: Trace, plain: Trace) -> Policy | None:
-        rule, rest = fit_apart(trace, fit_ensemble)
-        _, same = fit_apart(plain, lambda _: rule)
-        return calibrated(rest, same, rule)
-
-    def surer(trace: Trace, plain: Trace) -> Policy | None:
-        """Thresholds that just do on these samples lose on new ones in half of the cases."""
+    def ensemble(trace: Trace, plain: Trace, *, surer: bool = False) -> Policy | None:
         rule, rest = fit_apart(trace, fit_ensemble)
         _, same = fit_apart(plain, lambda _: rule)
         first = calibrated(rest, same, rule)
-        if first is None:
-            return None
+        if first is None or not surer:
+            return first
+        # Thresholds that just do on these samples lose on new ones in half of the cases.
         answered = replay(rest, first).prediction == rest.labels
         return calibrated(rest, same, rule, paired_error(answered, right_of(same)))
 
@@ -264,7 +260,7 @@ def _ways(name: str, drop: float) -> dict[str, Choose]:
         "screened": screened,
         "calibrated": calibrated,
         "calibrated, ensemble": ensemble,
-        SURER: surer,
+        SURER: partial(ensemble, surer=True),
     }
     return ways | {"first exit": _leaving_first} if name == "b-lenet" else ways
 

@@ -350,13 +350,13 @@ class Runner:
         """A batch that would not fit into memory, as several."""
         check_finite(given, self.call)  # of the whole batch, before any of it is answered
         arrays = isinstance(given[0], np.ndarray)
+        tensors = [] if self._selector is None else [torch.as_tensor(value) for value in given]
         pieces = []
         for rows in torch.arange(samples_of(given, self._selector)).split(self.max_batch):
             first = int(rows[0])
             if self._selector is None:
                 part = [value[first : first + len(rows)] for value in given]
             else:
-                tensors = [torch.as_tensor(value) for value in given]
                 part = take_samples(tensors, rows, self._selector)
                 part = [value.detach().cpu().numpy() for value in part] if arrays else part
             pieces.append(self._answer(part, deadline_ms, begin, first))

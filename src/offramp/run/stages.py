@@ -15,7 +15,7 @@ the rows that are left. Where a ``select`` function takes the samples out, integ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -96,32 +96,39 @@ def oriented(staged: StagedModel) -> StagedModel:
     that is the same in all samples, is told by an example whose samples differ in all inputs.
     """
     folded = {name: axis for name, axis in staged.rows.items() if axis and axis.multiple > 1}
-    rows = dict(staged.rows)
-    tensors = staged.call.tensors
-    examples = [tensors] if staged.selector is not None else [tensors, _shaken(tensors)]
-    for example in examples:
-        if not folded:
-            break
-        swap = torch.arange(staged.samples, device=example[0].device)
-        differs = [bool(any((v[k] != v[0]).any() for v in example)) for k in range(staged.samples)]
-        other = differs.index(True) if staged.selector is None and any(differs) else 1
-        swap[[0, other]] = swap[[other, 0]]
+    if not folded:
+        return staged
+    told = _orders(staged, staged.call.tensors, folded)
+    left = {name: axis for name, axis in folded.items() if name not in told}
+    if left and staged.selector is None:
         try:
-            plain = _values(staged, example)
-            swapped = _values(staged, staged.take(example, swap))
+            told |= _orders(staged, _shaken(staged.call.tensors), left)
         except (RuntimeError, IndexError) as error:
             raise StageError(
-                f"The example does not tell in which order samples lie in {sorted(folded)}, and "
+                f"The example does not tell in which order samples lie in {sorted(left)}, and "
                 f"other inputs, made to tell, break the model ({error}). Give an example whose "
                 "rows differ in every input (a mask with padding, say)."
             ) from error
-        for name, axis in list(folded.items()):
-            orders = (axis, replace(axis, inner=True))
-            far = [_unlike(order.take(plain[name], swap), swapped[name]) for order in orders]
-            if far[0] != far[1]:
-                rows[name] = orders[far[1] < far[0]]
-                del folded[name]
-    return replace(staged, rows=rows)
+    return replace(staged, rows={**staged.rows, **told})
+
+
+def _orders(
+    staged: StagedModel, example: Sequence[Tensor], folded: Mapping[str, RowAxis]
+) -> dict[str, RowAxis]:
+    """The order of samples in those folded values where an example tells it."""
+    swap = torch.arange(staged.samples, device=example[0].device)
+    differs = [bool(any((v[k] != v[0]).any() for v in example)) for k in range(staged.samples)]
+    other = differs.index(True) if staged.selector is None and any(differs) else 1
+    swap[[0, other]] = swap[[other, 0]]
+    plain = _values(staged, example)
+    swapped = _values(staged, staged.take(example, swap))
+    told = {}
+    for name, axis in folded.items():
+        orders = (axis, replace(axis, inner=True))
+        far = [_unlike(order.take(plain[name], swap), swapped[name]) for order in orders]
+        if far[0] != far[1]:
+            told[name] = orders[far[1] < far[0]]
+    return told
 
 
 def _unlike(one: Tensor, other: Tensor) -> int:
