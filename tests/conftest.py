@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, settings
 from torch.onnx._internal.exporter import _registration
 
 from benchmarks.vision_packages import prepare
+from offramp.decide.criteria import base
 
 prepare()
 
@@ -23,6 +24,12 @@ settings.load_profile("offramp")
 def _seeded() -> None:
     """Tests do not depend on the order in which they run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_criteria(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A criterion defined in a test or a document's code is known there alone."""
+    monkeypatch.setattr(base, "_REGISTER", dict(base._REGISTER))
 
 
 @pytest.fixture(autouse=True, scope="session")
