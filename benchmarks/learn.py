@@ -21,6 +21,7 @@ import platform
 import sys
 import warnings
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,17 @@ from benchmarks.learning.runs import PACKAGES, SGD_RATE, Keep, Run, model_of, tr
 from benchmarks.learning.settings import COMPARED, LEADING, PROMISING, SETTINGS
 from benchmarks.learning.speed import measure_speed
 from benchmarks.learning.steps import measure_memory, measure_steps
-from benchmarks.learning.tasks import BATCH, DEEP_LONG, DENSE, HELD_OUT, LONG, PARTS, TASKS, quick
+from benchmarks.learning.tasks import (
+    BATCH,
+    DEEP_LONG,
+    DENSE,
+    HELD_OUT,
+    LONG,
+    PARTS,
+    SHALLOW_LONG,
+    TASKS,
+    quick,
+)
 from benchmarks.traces import normalise
 from benchmarks.writing import processor, versions, write_result
 
@@ -89,8 +100,8 @@ def queue(seeds: int) -> Iterator[Run]:
             yield Run(DENSE, SETTINGS[DENSE_SETTING], seed)
             for name in PROMISING:
                 yield Run(LONG, SETTINGS[name], seed)
-            for name in LEADING:
-                yield Run(DEEP_LONG, SETTINGS[name], seed)
+            for task, name in product((SHALLOW_LONG, DEEP_LONG), LEADING):
+                yield Run(task, SETTINGS[name], seed)
 
 
 def small() -> Iterator[Run]:

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 from benchmarks.learning.settings import PLAIN
 from benchmarks.learning.summary import best_setting, least_cost
-from benchmarks.learning.tasks import DEEP_LONG, LONG, TASKS
+from benchmarks.learning.tasks import DEEP_LONG, LONG, SHALLOW_LONG, TASKS
 from benchmarks.markdown import table
 
 __all__ = ["LEARNING_TABLES"]
@@ -27,6 +27,7 @@ BARS: dict[str, tuple[str, str, Callable[[float], bool]]] = {
     "macs_at_plain_accuracy_fashion": ("of the plain network's MACs", "≤ 0.5", lambda v: v <= 0.5),
     "macs_at_plain_accuracy_cifar": ("of the plain network's MACs", "≤ 0.65", lambda v: v <= 0.65),
     "macs_at_plain_accuracy_fashion_short": ("likewise, few passes", "≤ 0.5", lambda v: v <= 0.5),
+    "macs_at_plain_accuracy_cifar_short": ("likewise, few passes", "≤ 0.65", lambda v: v <= 0.65),
     "macs_at_plain_accuracy_cifar56": ("likewise, ResNet-56", "≤ 0.65", lambda v: v <= 0.65),
     "macs_at_plain_accuracy_cifar56_short": ("likewise, few passes", "≤ 0.65", lambda v: v <= 0.65),
     "measured_over_macs_speedup": ("of the MACs ratio, worst", "≥ 0.85", lambda v: v >= 0.85),
@@ -309,7 +310,7 @@ def _conditions(result: Result) -> str:
     )
 
 
-_TASKS = (*TASKS, LONG.name, DEEP_LONG.name)
+_TASKS = (*TASKS, LONG.name, SHALLOW_LONG.name, DEEP_LONG.name)
 
 LEARNING_TABLES: dict[str, Callable[[Result], str]] = {
     "learn.summary": _summary,

@@ -44,12 +44,13 @@ EPOCHS = {
     "b-alexnet": 30,
     "b-alexnet-distilled": 30,
     "b-resnet110": 8,
+    "b-resnet110-late": 8,
     "b-resnet110-together": 8,
     "inception-v1": 15,
     "text": 3,
 }
 SYSTEMS = (*EPOCHS, "recipes")
-DROP = dict.fromkeys(("b-resnet110", "b-resnet110-together"), 0.015)
+DROP = {name: 0.015 for name in EPOCHS if name.startswith("b-resnet110")}
 
 Row = dict[str, Any]
 

@@ -17,9 +17,10 @@ Row = dict[str, Any]
 # The figure of a network is that of its longest training.
 NETWORKS = {
     "fashion": ("fashion_resnet20_long", "fashion_resnet20"),
-    "cifar": ("cifar_resnet20",),
+    "cifar": ("cifar_resnet20_long", "cifar_resnet20"),
     "cifar56": ("cifar_resnet56_long", "cifar_resnet56"),
     "fashion_short": ("fashion_resnet20",),
+    "cifar_short": ("cifar_resnet20",),
     "cifar56_short": ("cifar_resnet56",),
 }
 

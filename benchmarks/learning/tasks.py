@@ -21,6 +21,7 @@ __all__ = [
     "HELD_OUT",
     "LONG",
     "PARTS",
+    "SHALLOW_LONG",
     "TASKS",
     "Images",
     "Task",
@@ -188,6 +189,7 @@ DENSE = replace(TASKS["fashion_resnet20"], name="fashion_resnet20_dense", exits=
 
 # Schemes that train all exits at once learn slower than the plain network: does time close the gap?
 LONG = replace(TASKS["fashion_resnet20"], name="fashion_resnet20_long", passes=10)
+SHALLOW_LONG = replace(TASKS["cifar_resnet20"], name="cifar_resnet20_long", passes=20, rate=2e-3)
 DEEP_LONG = replace(TASKS["cifar_resnet56"], name="cifar_resnet56_long", passes=20, rate=2e-3)
 
 
