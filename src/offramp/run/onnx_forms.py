@@ -14,6 +14,7 @@ __all__ = ["bring_into_form"]
 _ATEN = torch.ops.aten
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _Masks = dict[tuple[fx.Node, torch.dtype], tuple[fx.Node, fx.Node]]
+_LOW = torch.finfo(torch.float32).min / 2  # a number also with a score added; bfloat16 has it
 RANK = 4  # (N, heads, L, D): the one that attention is exported in
 
 
@@ -27,7 +28,8 @@ def bring_into_form(program: ExportedProgram) -> None:
     the shape of the keys in kernels of its own, layer by layer.
 
     The largest softmax probability, spelt as eager torch is quickest with, becomes a softmax and
-    its maximum: two kernels of an engine instead of five.
+    its maximum: two kernels of an engine instead of five. A layer norm whose weight and bias are
+    applied by themselves, as heads for tokens do, becomes one that has them.
     """
     graph = program.graph
     masks: _Masks = {}
@@ -39,6 +41,8 @@ def bring_into_form(program: ExportedProgram) -> None:
                 _write_out(graph, node, masks)
         elif node.target is _ATEN.reciprocal.default:
             _largest_probability(graph, node)
+        elif node.target is _ATEN.layer_norm.default:
+            _with_its_weight(graph, node)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
 
@@ -64,6 +68,29 @@ def _largest_probability(graph: fx.Graph, node: fx.Node) -> None:
         score = graph.call_function(_ATEN.amax.default, (shares, [-1]))
         score.meta = {"val": _tensor(node)}
     node.replace_all_uses_with(score)
+
+
+def _with_its_weight(graph: fx.Graph, node: fx.Node) -> None:
+    """``layer_norm(x) · weight + bias``, of one parameter each, the size of what is normalised."""
+    values, shape, *rest = node.args
+    if node.kwargs or any(value is not None for value in rest[:2]):
+        return
+    found: list[fx.Node] = []
+    end = node
+    for target in (_ATEN.mul.Tensor, _ATEN.add.Tensor):
+        user = next(iter(end.users))
+        if len(end.users) > 1 or user.target is not target or user.args[0] is not end:
+            return
+        parameter = user.args[1] if len(user.args) == 2 and not user.kwargs else None
+        if not isinstance(parameter, fx.Node) or parameter.op not in ("placeholder", "get_attr"):
+            return
+        if list(_tensor(parameter).shape) != shape:
+            return
+        found.append(parameter)
+        end = user
+    with graph.inserting_before(end):
+        made = _call(graph, _ATEN.layer_norm.default, values, shape, *found, *rest[2:])
+    end.replace_all_uses_with(made)
 
 
 def _write_out(graph: fx.Graph, node: fx.Node, masks: _Masks) -> None:
@@ -100,6 +127,13 @@ def _added(graph: fx.Graph, mask: fx.Node, dtype: torch.dtype) -> tuple[fx.Node,
 
     Both depend on the mask alone, which all layers share.
     """
+    if _tensor(mask).dtype == torch.bool and dtype != torch.float16:
+        # As far below every score as infinity is, but of a query without keys the softmax is a
+        # number still: three kernels instead of six, in every step.
+        added = _call(graph, _ATEN.where.Scalar, mask, 0.0, _LOW)
+        added = _call(graph, _ATEN.to.dtype, added, dtype)
+        open_ = _call(graph, _ATEN.to.dtype, mask, dtype)
+        return added, _call(graph, _ATEN.amax.default, open_, [-1], True)
     if _tensor(mask).dtype == torch.bool:
         seen = _call(graph, _ATEN.any.dim, mask, -1, True)
         mask = _call(graph, _ATEN.where.Scalar, mask, 0.0, -math.inf)

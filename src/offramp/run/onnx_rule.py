@@ -197,10 +197,14 @@ class _Rule:
 
     def _file(self) -> onnx.ModelProto:
         answer = self._answers()
-        for name in ("logits", "exit", "score"):
-            self.nodes.append(helper.make_node("Identity", [answer[name]], [name]))
+        made = {name: node for node in self.nodes for name in node.output}
+        for name, value in answer.items():
+            if value.startswith("rule/"):  # what nobody else reads gets its name where it is made
+                made[value].output[0] = name
+            else:
+                self.nodes.append(helper.make_node("Identity", [value], [name]))
         self.nodes.append(
-            helper.make_node("ArgMax", [answer["logits"]], ["prediction"], axis=-1, keepdims=0)
+            helper.make_node("ArgMax", ["logits"], ["prediction"], axis=-1, keepdims=0)
         )
         logits = self.known["0/logits"].type.tensor_type
         outputs = [
@@ -215,28 +219,28 @@ class _Rule:
         return self._model(outputs, [*graph.input, *graph.output])  # where it can be split
 
     def _answers(self) -> dict[str, str]:
-        """From the last step back: what a step says, with the later answers of those who went on.
+        """What the first step says, with the answers of later ones written over where rows went on.
 
         A row that leaves has its own exit's number, one that stays the next one's: only where it
         went further still is something written over that.
         """
-        last = len(self.steps) - 1
-        answer = {"logits": f"{last}/logits", "score": f"{last}/score"}
-        for position in reversed(range(last)):
-            where = self._add("Transpose", [self._found_rows(position)])
+        answer = {"logits": "0/logits", "score": "0/score"}
+        came = ""  # (R_k, 1): the rows of the batch that came to a step
+        for position in range(len(self.steps) - 1):
             numbers = [self._constant(self.steps[k].exit) for k in (position, position + 1)]
-            own = {
-                "logits": f"{position}/logits",
-                "score": f"{position}/score",
-                "exit": self._add("Where", [self.accepts[position], *numbers]),
-            }
-            own.update(
-                {n: self._add("ScatterND", [own[n], where, answer[n]]) for n in own if n in answer}
-            )
-            answer = own
+            exit = self._add("Where", [self.accepts[position], *numbers])
+            if position:
+                answer["exit"] = self._add("ScatterND", [answer["exit"], came, exit])
+                came = self._add("Compress", [came, self.goes[position]], axis=0)
+            else:
+                answer["exit"] = exit
+                came = self._add("Transpose", [self._found_rows(0)])
+            for name in ("logits", "score"):
+                later = f"{position + 1}/{name}"
+                answer[name] = self._add("ScatterND", [answer[name], came, later])
         if "exit" not in answer:  # a single step
             size = self._add("Shape", [answer["score"]])
-            answer["exit"] = self._add("Expand", [self._constant(self.steps[last].exit), size])
+            answer["exit"] = self._add("Expand", [self._constant(self.steps[0].exit), size])
         return answer
 
     def _joined(self, summed: Sequence[bool]) -> onnx.ModelProto:
