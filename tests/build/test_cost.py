@@ -192,3 +192,33 @@ def test_exit_costs():
     assert costs.full == 9.0
     assert costs.cumulative() == (4.5, 7.75, 9.75)
     assert costs.unit == "MACs"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace`")
+def test_what_cannot_be_watched_or_counted():
+    x = torch.randn(2, 4)
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(PlaceError, match="is TorchScript, whose modules cannot be watched"):
+        profile(torch.jit.trace(net, x), (x,))
+
+    class Bare(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ x.new_ones(4, 3)
+
+    with pytest.raises(PlaceError, match="'Bare' has no parameters, .*Use cost='macs'"):
+        profile(Bare(), (x,), measure="params")
+
+
+def test_latency_of_what_is_not_batch_first():
+    class Graphs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.fc = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, rows: dict[str, Tensor]) -> Tensor:
+            means = torch.zeros(2, 8).index_add(0, rows["graph"], self.one(rows["x"]).relu())
+            return self.fc(means)
+
+    rows = {"graph": torch.tensor([0, 1, 1]), "x": torch.randn(3, 3), "none": torch.tensor(1.0)}
+    found = profile(Graphs(), (rows,), measure="latency", batch_first=False)
+    assert found.total > 0

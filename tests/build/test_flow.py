@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from offramp.build.flow import FlowRecorder, count_macs
+from offramp.build.flow import _EXTRA, FlowRecorder, count_macs
 
 
 def test_macs_agree_with_the_flop_counter_of_torch():
@@ -164,3 +165,19 @@ def test_an_input_handed_through_has_no_flow():
     with FlowRecorder() as recorder:
         assert recorder.value_of(x) is None
         assert recorder.flow(x) is None
+
+
+def test_bilinear_layers_count():
+    layer = nn.Bilinear(3, 5, 7)
+    by_hand = 2 * 7 * (3 * 5 + 5)
+    assert count_macs(lambda: layer(torch.randn(2, 3), torch.randn(2, 5))) == by_hand
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("directions", [1, 2])
+def test_the_formula_of_recurrent_layers_on_a_device(kind, directions):
+    x = torch.randn(3, 6, 4)
+    layer = kind(4, 5, num_layers=2, batch_first=True, bidirectional=directions == 2)
+    weights = [p.detach() for p in layer.parameters()]
+    here = count_macs(lambda: layer(x))  # torch's own layers on the processor
+    assert _EXTRA[torch.ops.aten._cudnn_rnn](x, weights, 4) == 2 * here

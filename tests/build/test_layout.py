@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from offramp.build.cost import profile
 from offramp.build.layout import channel_use, channels_last, find_layout, layout_of
+from offramp.build.model import attach
+from offramp.build.prototypes import PrototypeHead
 from offramp.errors import HeadError
 
 
@@ -80,7 +82,8 @@ class Permute(nn.Module):
 def test_the_next_module_knows_best():
     found = profile(Alternating(), (torch.randn(2, 3, 8, 8),))
     layouts = {c.path: find_layout(found, c) for c in found.calls if c.path in ("turn", "mid")}
-    assert layouts == {"turn": "NHWC", "mid": "NCHW"}  # nobody takes "mid" as it stands
+    # Nobody takes "mid" as it stands: the linear layer that made it tells.
+    assert layouts == {"turn": "NHWC", "mid": "NHWC"}
     turned = found.calls_of("turn_back")[0]
     assert find_layout(found, turned) == "NCHW"
 
@@ -97,3 +100,63 @@ def test_given_layouts():
 def test_no_tensor_has_no_layout():
     found = profile(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), (torch.randn(2, 3),))
     assert find_layout(found, found.calls_of("0")[0]) == "NC"
+
+
+class Sequences(nn.Module):
+    """Convolutions over time, activations and the mean as functions: no module tells the layout
+    of what an exit reads but the one that made it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv1d(1, 32, 5, padding=2), nn.BatchNorm1d(32)
+        self.conv2, self.norm2 = nn.Conv1d(32, 32, 5, padding=2), nn.BatchNorm1d(32)
+        self.fc = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.conv1(x)).relu()
+        x = self.norm2(self.conv2(x)).relu()
+        return self.fc(x.mean(-1))
+
+
+def test_what_made_a_feature_tells_its_layout():
+    model = attach(Sequences(), torch.randn(2, 1, 50), exits=["norm1", "norm2"])
+    longer = model(torch.randn(3, 1, 80))
+    assert [z.shape for z in longer.logits] == [(3, 3)] * 3
+    prototypes = attach(
+        Sequences(), torch.randn(2, 1, 50), exits=["norm1"], heads=[PrototypeHead(3)]
+    )
+    assert prototypes.heads[0].means.shape == (3, 32)
+
+
+def test_pooling_tells_the_layout_of_what_it_reads_and_makes():
+    def block(wide: int) -> nn.Sequential:
+        return nn.Sequential(nn.LazyConv2d(wide, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+
+    net = nn.Sequential(block(64), block(64), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.append(nn.LazyLinear(4))
+    x = torch.randn(2, 1, 64, 100)
+    net(x)
+    found = profile(net, (x,))
+    for path in ("0", "0.1", "1.1", "1"):  # 64 rows of 100 columns and 64 channels, and halves
+        assert find_layout(found, found.calls_of(path)[0]) == "NCHW"
+
+
+def test_a_sum_is_laid_out_as_what_is_summed():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(5, 5, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.conv(x) + x).relu()
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.fc = Sum(), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.block(x).mean((2, 3)))
+
+    found = profile(Net(), (torch.randn(2, 5, 5, 9),))
+    assert find_layout(found, found.calls_of("block")[0]) == "NCHW"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -524,3 +525,72 @@ def test_fingerprints_are_no_part_of_the_state():
     assert model.training_fingerprints.dtype == torch.int64
     assert model.training_fingerprints.numel() == 0
     assert not any("fingerprint" in key for key in model.state_dict())
+
+
+class Tokens(nn.Module):
+    """torch's own encoder, with the mask that makes it nest its tensors in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder, self.fc = nn.TransformerEncoder(layer, 3), nn.Linear(8, 4)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        hidden = self.encoder(self.embed(ids), src_key_padding_mask=mask == 0)
+        return self.fc(hidden[:, 0])
+
+
+def test_the_encoder_of_torch_hands_no_nested_tensors_to_heads():
+    ids, mask = torch.randint(0, 20, (4, 6)), torch.ones(4, 6, dtype=torch.int64)
+    mask[1, 4:] = 0
+    net = Tokens()
+    places = [f"encoder.layers.{k}" for k in range(2)]
+    model = attach(net, {"ids": ids, "mask": mask}, exits=places).eval()
+    with torch.no_grad():
+        said = model(ids=ids, mask=mask)
+    assert [z.shape for z in said.logits] == [(4, 4)] * 3
+    torch.testing.assert_close(said.logits[-1], net(ids, mask))
+
+
+def test_dropout_in_place_does_not_write_over_a_feature():
+    net = nn.Sequential(
+        nn.Linear(6, 8), nn.Dropout(0.5, inplace=True), nn.Linear(8, 8), nn.Linear(8, 2)
+    )
+    x = torch.randn(5, 6)
+    model = attach(net, x, exits=["0"]).train()
+    features, _ = model.features(x)
+    torch.testing.assert_close(features[0], net[0](x))
+
+
+def test_heads_that_are_made_under_inference_mode_can_learn():
+    net, x = make("cnn"), example_of("cnn", 4)
+    with torch.inference_mode():
+        model = attach(net, x, exits=2)
+    assert not any(p.is_inference() for p in model.heads.parameters())
+
+
+def test_a_module_may_return_a_dataclass():
+    @dataclass
+    class Said:
+        hidden: Tensor
+        extra: int = 0
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Said:
+            return Said(self.linear(x))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.fc = Block(), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.block(x).hidden)
+
+    x = torch.randn(3, 6)
+    assert attach(Net(), x, exits=["block"])(x).logits[0].shape == (3, 2)

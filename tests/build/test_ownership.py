@@ -77,3 +77,13 @@ def test_parameters_count_by_use_not_by_owner():
     modules = {name: k for k in range(2) for name, _ in model.stage_modules(k)}
     assert modules["attention.out_proj"] == 1
     assert modules["body.2"] == 1
+
+
+def test_parameters_that_are_parts_of_one_vector():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    separate = attach(net, torch.randn(2, 4), exits=["1", "3"])
+    wanted = [[name for name, _ in separate.stage_parameters(k)] for k in range(3)]
+    vector = nn.utils.parameters_to_vector(net.parameters())
+    nn.utils.vector_to_parameters(vector, net.parameters())
+    model = attach(net, torch.randn(2, 4), exits=["1", "3"])
+    assert [[name for name, _ in model.stage_parameters(k)] for k in range(3)] == wanted

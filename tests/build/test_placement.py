@@ -327,7 +327,7 @@ ODD = profile(Odd(), (torch.randn(4, 4),))
             ["turn"],
             r"'turn' \(Turn\) has shape \(4, 2\) for 2 samples: its dimension 0 is not",
         ),
-        (ODD, 3, "has 1 fit places: front. Others hand on .* such as 'turn' with"),
+        (ODD, 3, "has 1 fit place: front. Others hand on .* such as 'turn' with"),
     ],
 )
 def test_bad_places(found, exits, text):
@@ -351,3 +351,67 @@ def test_a_time_first_network_says_why_it_has_no_places():
     text = r"has 0 fit places. Others .* dimension 0 is not the batch, such as 'layers.0'"
     with pytest.raises(PlaceError, match=text):
         resolve(found, 2)
+
+
+class Parallel(nn.Module):
+    """Three branches of four blocks, joined where hardly any work is left."""
+
+    def __init__(self, stem: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1) if stem else nn.Identity()
+        wide = 8 if stem else 3
+        self.a, self.b, self.c = (self._branch(wide) for _ in range(3))
+        self.fc = nn.Linear(24, 5)
+
+    def _branch(self, wide: int) -> nn.Sequential:
+        blocks = [nn.Sequential(nn.Conv2d(w, 8, 3, padding=1), nn.ReLU()) for w in (wide, 8, 8, 8)]
+        return nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.fc(torch.cat([self.a(x), self.b(x), self.c(x)], 1).mean((2, 3)))
+
+
+class Towers(Parallel):
+    """One branch for each of two inputs."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        both = torch.cat([self.a(x), self.b(y)], 1).mean((2, 3))
+        return self.fc(torch.cat([both, both[:, :8]], 1))
+
+
+def test_never_in_a_branch_that_waits_for_others_or_others_for_it():
+    x = torch.randn(2, 3, 8, 8)
+    assert names(candidates(profile(Parallel(stem=True), (x,)), at_least=3)) == ["stem"]
+    assert candidates(profile(Parallel(stem=False), (x,)), at_least=3) == ()
+    assert candidates(profile(Towers(stem=False), (x, x)), at_least=3) == ()
+
+
+class Rereads(nn.Module):
+    """Every layer looks at the inputs again, which is less work than what it does itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.looks = nn.ModuleList(nn.Linear(4, 16) for _ in range(4))
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.looks[0](x)
+        for layer, look in zip(self.layers, self.looks, strict=True):
+            h = (layer(h) + look(x)).relu()
+        return self.fc(h)
+
+
+def test_a_network_that_reads_its_inputs_again_is_one_stream():
+    found = candidates(profile(Rereads(), (torch.randn(2, 4),)), at_least=2)
+    assert len(found) >= 2
+
+
+def test_a_module_by_its_second_name():
+    block = nn.Linear(4, 4)
+    net = nn.Sequential(nn.ModuleList([block] * 3)[0], block, nn.Linear(4, 2))
+    found = profile(net, (torch.randn(2, 4),))
+    with pytest.raises(PlaceError, match="'1' is the same object as '0'. Name it so: '0', or"):
+        resolve(found, ["1"])
+    assert names(resolve(found, ["0@0"])) == ["0@0"]

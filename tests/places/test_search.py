@@ -247,7 +247,7 @@ def fine():
 @pytest.mark.parametrize(
     ("changed", "text"),
     [
-        ({"loader": loader_of(*easy(100))}, "The loader has 100 samples, too few .*expected 200"),
+        ({"loader": loader_of(*easy(100))}, "100 samples were looked at .*expected 200"),
         ({"loader": None}, "A search needs labelled samples.*method='percentiles'"),
         ({"loader": []}, "The search loader yields no batch"),
         (
@@ -290,3 +290,24 @@ def test_bad_input(changed, text):
 def test_a_criterion_with_state():
     with pytest.raises(PolicyError, match="Exits cannot be chosen under 'patience'"):
         plan(**fine(), criterion="patience")
+
+
+def test_the_first_token_and_the_mean_are_two_heads():
+    dense = attach_densely(make("encoder"), example_of("encoder", 4), heads=("token", "pool"))
+    assert {c.name for c in dense.candidates} == {"token", "pool"}
+
+
+def test_it_learns_where_gradients_are_off_and_leaves_the_loader_s_generator(early):
+    x, y = easy()
+    generator = torch.Generator().manual_seed(5)
+    state = generator.get_state()
+    loader = DataLoader(TensorDataset(x, y), 50, shuffle=True, generator=generator)
+    with torch.inference_mode():
+        found = plan(Early(), x[:4], loader, **QUICK)
+    assert found.exits
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_percentiles_compare_no_heads():
+    with pytest.raises(DataError, match="heads= names what a search tries"):
+        plan(Early(), torch.randn(4, 8), method="percentiles", heads=("mlp",))

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
+from offramp.build.attention import plain_attention
 from offramp.build.outputs import tensors_in
 from offramp.errors import PlaceError
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["Taps"]
 
 _active = threading.local()
+# In evaluation their fused path calls no submodules, and hands on nested tensors.
+_FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
 
 
 class Owner:
@@ -31,9 +36,10 @@ class Owner:
 class Capture:
     """The features of one pass: place -> tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, copies: bool) -> None:
         self.features: dict[int, Tensor] = {}
         self.calls: dict[str, int] = {}
+        self.copies = copies
 
 
 class TapHook:
@@ -68,7 +74,8 @@ class TapHook:
         if item >= len(tensors):
             raise PlaceError(f"The output of {self.path!r} is no tensor in this pass.")
         tensor = tensors[item]
-        capture.features[index] = tensor.clone() if index in self.copied else tensor
+        copies = capture.copies or index in self.copied
+        capture.features[index] = tensor.clone() if copies else tensor
 
 
 class Taps:
@@ -92,6 +99,10 @@ class Taps:
             )
             for path, calls in exits.items()
         ]
+        modules = list(backbone.modules())
+        self._fused = any(isinstance(module, _FUSED) for module in modules)
+        # They write over features in training only, which the profile does not see.
+        self._overwrite = [m for m in modules if isinstance(m, _DropoutNd) and m.inplace]
 
     def run(
         self, backbone: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -102,11 +113,13 @@ class Taps:
             PlaceError: a tapped module did not run.
         """
         captures: dict[int, Capture] = _active.__dict__.setdefault("captures", {})
-        key, capture = id(self.owner), Capture()
+        copies = any(module.training for module in self._overwrite)
+        key, capture = id(self.owner), Capture(copies)
         outer = captures.get(key)
         captures[key] = capture
         try:
-            output = backbone(*args, **kwargs)
+            with plain_attention() if self._fused else nullcontext():
+                output = backbone(*args, **kwargs)
         finally:
             captures.pop(key)
             if outer is not None:

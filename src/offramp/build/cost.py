@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from offramp.build.batch import batch_size, take_rows
 from offramp.build.flow import Flow, FlowRecorder
@@ -106,7 +107,10 @@ class ModuleCall:
         feature: what an exit would take here; ``None`` where the output holds no tensor.
         cut: whether nothing else that is costly is needed after it (see ``build/flow.py``).
         feeds_all: whether all later work depends on it.
-        uses: how the module takes the channels of its input, for finding layouts.
+        seen: the share of the work until here that it depends on.
+        pending: the share of all work that is still to come from the inputs past it.
+        uses: where the module has the channels of its input, for finding layouts.
+        makes: the same of its output.
     """
 
     path: str
@@ -123,7 +127,10 @@ class ModuleCall:
     feature: Feature | None
     cut: bool
     feeds_all: bool
+    seen: float = 1.0
+    pending: float = 0.0
     uses: ChannelUse | None = None
+    makes: ChannelUse | None = None
 
     @property
     def cost(self) -> float:
@@ -144,6 +151,7 @@ class CostProfile:
         num_classes: width of the backbone's logits.
         paths: every module of the backbone, those that never ran too.
         parameter_use: for each parameter, the number of operations done before its first use.
+        aliases: further names of modules that have several: name -> the one in ``paths``.
     """
 
     calls: tuple[ModuleCall, ...]
@@ -154,6 +162,7 @@ class CostProfile:
     num_classes: int
     paths: tuple[str, ...]
     parameter_use: Mapping[str, int] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def unit(self) -> str:
@@ -202,6 +211,11 @@ def profile(
     """
     if measure not in MEASURES:
         raise PlaceError(unknown_name("cost measure", measure, list(MEASURES)))
+    if isinstance(backbone, torch.jit.ScriptModule):
+        raise PlaceError(
+            "The backbone is TorchScript, whose modules cannot be watched. Give the nn.Module that "
+            "it was made from."
+        )
     kwargs = dict(kwargs or {})
     few, rows = (args, kwargs), None
     with as_found(backbone):
@@ -223,7 +237,8 @@ def profile(
         if measure == "params":
             return _by_parameters(found, backbone)
         if measure == "latency":
-            return _by_latency(found, backbone, args, kwargs)
+            rows = batch_size(args, kwargs) if batch_first else found.batch
+            return _by_latency(found, backbone, args, kwargs, rows)
     return found
 
 
@@ -249,7 +264,8 @@ def _count(
     logits: LogitsFunction | None,
 ) -> CostProfile:
     """One recorded pass. ``rows`` and ``follows`` are ``None`` where inputs are not batch-first."""
-    recorder = FlowRecorder(backbone.named_parameters())
+    given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    recorder = FlowRecorder(backbone.named_parameters(), given)
     with FlowWatch(backbone, recorder) as watch, recorder:
         output = backbone(*args, **kwargs)
         answer = find_logits(output, logits)
@@ -272,9 +288,20 @@ def _count(
         _call(seen, flow, rows, None if follows is None else follows.get((seen.path, seen.index)))
         for seen in watch.calls
     )
-    paths = tuple(path for path, _ in backbone.named_modules())
-    classes = int(answer.shape[1])
-    return CostProfile(calls, "macs", macs, macs, rows, classes, paths, dict(recorder.first_use))
+    first = {id(module): path for path, module in backbone.named_modules()}
+    named = backbone.named_modules(remove_duplicate=False)
+    aliases = {path: first[id(module)] for path, module in named if path != first[id(module)]}
+    return CostProfile(
+        calls,
+        "macs",
+        macs,
+        macs,
+        rows,
+        num_classes=int(answer.shape[1]),
+        paths=tuple(first.values()),
+        parameter_use=dict(recorder.first_use),
+        aliases=aliases,
+    )
 
 
 def _call(seen: Seen, flow: Flow | None, rows: int, follows: Sequence[bool] | None) -> ModuleCall:
@@ -293,11 +320,13 @@ def _call(seen: Seen, flow: Flow | None, rows: int, follows: Sequence[bool] | No
     ]
     fit = [f for f in features if f.batched and f.needed and f.dtype.is_floating_point]
     values = {f.value for f in features if f.value is not None}
+    cut = feeds_all = False
+    share, pending = 1.0, 0.0
     if flow is not None and any(f.needed for f in features):
         cut = flow.is_cut(seen.ended, values)
         feeds_all = flow.all_later_work_needs(seen.ended, values)
-    else:
-        cut = feeds_all = False
+        if cut or feeds_all:
+            share, pending = flow.seen(seen.ended, values), flow.pending(seen.ended, values)
     return ModuleCall(
         seen.path,
         seen.index,
@@ -313,7 +342,10 @@ def _call(seen: Seen, flow: Flow | None, rows: int, follows: Sequence[bool] | No
         feature=next(iter(fit or features), None),
         cut=cut,
         feeds_all=feeds_all,
+        seen=share,
+        pending=pending,
         uses=seen.uses,
+        makes=seen.makes,
     )
 
 
@@ -340,6 +372,11 @@ def _by_parameters(found: CostProfile, backbone: nn.Module) -> CostProfile:
     spent = [0.0]
     for amount in added:
         spent.append(spent[-1] + amount)
+    if not spent[-1]:
+        raise PlaceError(
+            f"The backbone {type(backbone).__name__!r} has no parameters, so that they cannot say "
+            "where exits go. Use cost='macs'."
+        )
     last = last_inside(found.calls)
     calls = tuple(
         replace(call, before=spent[i], after=spent[last[i] + 1])
@@ -359,7 +396,11 @@ def last_inside(calls: Sequence[ModuleCall]) -> list[int]:
 
 
 def _by_latency(
-    found: CostProfile, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    found: CostProfile,
+    backbone: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rows: int,
 ) -> CostProfile:
     passes: list[list[Seen]] = []
     with ClockWatch(backbone) as watch:
@@ -373,7 +414,7 @@ def _by_latency(
             "The backbone calls other modules for the whole example than for two rows of it, so "
             "its latency cannot be told by module. Use cost='macs'."
         )
-    scale = 1000.0 / max(1, batch_size(args, kwargs))
+    scale = 1000.0 / max(1, rows)
     # The median of each instant over the passes keeps the order of the instants.
     calls = tuple(
         replace(

@@ -42,6 +42,16 @@ def _lstm_flops(x: Tensor, w_in: Tensor, w_hidden: Tensor, *_: Any, **__: Any) -
     return 2 * math.prod(x.shape[:-1]) * (w_in.numel() + w_hidden.numel())
 
 
+def _rnn_flops(x: Tensor, weights: Sequence[Tensor], *_: Any, **__: Any) -> int:  # noqa: ANN401
+    return 2 * math.prod(x.shape[:-1]) * sum(w.numel() for w in weights if w.ndim > 1)
+
+
+def _bilinear_flops(first: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:  # noqa: ANN401
+    """Of ``nn.Bilinear``: (N, I), (C, I, J) and (N, J) to (N, C), one product after the other."""
+    classes, inner, outer = weight.shape
+    return 2 * len(first) * classes * (inner * outer + outer)
+
+
 def _mv_flops(matrix: Tensor, *_: Any, **__: Any) -> int:  # noqa: ANN401
     return 2 * matrix.numel()
 
@@ -50,6 +60,9 @@ def _mv_flops(matrix: Tensor, *_: Any, **__: Any) -> int:  # noqa: ANN401
 _EXTRA: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _aten._scaled_dot_product_fused_attention_overrideable: _attention_flops,
+    _aten._cudnn_rnn: _rnn_flops,
+    _aten._trilinear: _bilinear_flops,
+    _aten.miopen_rnn: _rnn_flops,
     _aten.mkldnn_rnn_layer: _lstm_flops,
     _aten.mv: _mv_flops,
 }
@@ -57,14 +70,20 @@ _EXTRA: dict[Any, Callable[..., int]] = {
 
 # What is first read when at most this share of the work is left was kept for the end.
 AT_THE_END = 0.05
+# A place that sees less of the work before it than this is one branch of several.
+SEES = 2 / 3
 
 
 class Operation(NamedTuple):
-    """The values that an operation reads and writes, and its floating-point operations."""
+    """The values that an operation reads and writes, and its floating-point operations.
+
+    ``given``: whether it reads what the network was given, as it came.
+    """
 
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     flops: float
+    given: bool = False
 
 
 class Flow:
@@ -116,11 +135,48 @@ class Flow:
         """Whether, at ``time``, the rest needs no other costly value than these.
 
         Values that are kept for the very end do not count: a network that joins the outputs of all
-        its layers there is still one stream.
+        its layers there is still one stream. But the last of parallel branches, whose others wait
+        for the end, is none: it does not see what they have found out.
         """
         live = (self._made < time) & (self._last_use >= time) & self._costly
         others = set(live.nonzero().flatten().tolist()).difference(values)
-        return all(self._kept_for_the_end(value, time) for value in others)
+        if not all(self._kept_for_the_end(value, time) for value in others):
+            return False
+        return not others or self.seen(time, values) >= SEES
+
+    def seen(self, time: int, values: Collection[int]) -> float:
+        """The share of the work until ``time``, as far as the answer needs it, behind these values.
+
+        It is small within a branch: what others have found out is not seen there.
+        """
+        done = sum(op.flops for op in self._operations[:time] if self._is_needed(op))
+        behind, work = set(values), 0.0
+        for op in reversed(self._operations[:time]):
+            if not behind.isdisjoint(op.writes):
+                behind.update(op.reads)
+                work += op.flops
+        return work / done if done else 1.0
+
+    def pending(self, time: int, values: Collection[int]) -> float:
+        """The share of all work that still comes from the inputs past these values.
+
+        It is large within the first of several branches that begin with the inputs.
+        """
+        fed, given, past = set(values), set[int](), 0.0
+        for op in self._operations[:time]:
+            if op.given or not given.isdisjoint(op.reads):
+                given.update(op.writes)
+        given -= fed
+        for op in self._operations[time:]:
+            if not fed.isdisjoint(op.reads):
+                fed.update(op.writes)
+            elif op.given or not given.isdisjoint(op.reads):
+                given.update(op.writes)
+                past += op.flops if self._is_needed(op) else 0.0
+        return past / self._left[0] if self._left[0] else 0.0
+
+    def _is_needed(self, op: Operation) -> bool:
+        return any(self._needed[value] for value in op.writes)
 
     def _kept_for_the_end(self, value: int, time: int) -> bool:
         next_use = min(use for use in self._uses[value] if use >= time)
@@ -132,7 +188,7 @@ class Flow:
         for op in self._operations[time:]:
             if not fed.isdisjoint(op.reads):
                 fed.update(op.writes)
-            elif op.flops > 0 and any(self._needed[v] for v in op.writes):
+            elif op.flops > 0 and self._is_needed(op):
                 return False
         return True
 
@@ -142,6 +198,7 @@ class FlowRecorder(TorchDispatchMode):
 
     Args:
         parameters: named tensors whose first use is noted in ``first_use``.
+        inputs: what the network is given.
     """
 
     supports_higher_order_operators = True
@@ -152,7 +209,9 @@ class FlowRecorder(TorchDispatchMode):
         # seconds, for a pass of milliseconds.
         return False
 
-    def __init__(self, parameters: Iterable[tuple[str, Tensor]] = ()) -> None:
+    def __init__(
+        self, parameters: Iterable[tuple[str, Tensor]] = (), inputs: Iterable[Tensor] = ()
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
         self.overwritten: dict[int, int] = {}
@@ -160,9 +219,10 @@ class FlowRecorder(TorchDispatchMode):
         self.first_use: dict[str, int] = {}
         self._values: dict[int, tuple[StorageWeakRef, int]] = {}
         self._count = 0
-        self._parameters: dict[int, list[str]] = {}
+        self._parameters: dict[int, list[tuple[str, int, int]]] = {}
         for name, tensor in parameters:
-            self._parameters.setdefault(_storage_key(tensor), []).append(name)
+            self._parameters.setdefault(_storage_key(tensor), []).append((name, *_span(tensor)))
+        self._inputs = {_storage_key(tensor) for tensor in inputs}
 
     @property
     def time(self) -> int:
@@ -200,6 +260,7 @@ class FlowRecorder(TorchDispatchMode):
                 return result
         inputs = [t for t in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(t, Tensor)]
         reads = self._read(inputs)
+        given = any(_storage_key(t) in self._inputs and self.value_of(t) is None for t in inputs)
         written = _written(func, args, kwargs) if overload and func._schema.is_mutable else []
         for tensor in written:
             if (old := self.value_of(tensor)) is not None:
@@ -215,14 +276,18 @@ class FlowRecorder(TorchDispatchMode):
             cost = float(formula(*args, **kwargs, out_val=result))
         self.flops += cost
         writes = tuple({self._write(t) for t in (*written, *fresh)})
-        self.operations.append(Operation(reads, writes, cost))
+        self.operations.append(Operation(reads, writes, cost, given))
         return result
 
     def _read(self, inputs: list[Tensor]) -> tuple[int, ...]:
         reads = set()
         for tensor in inputs:
-            for name in self._parameters.get(_storage_key(tensor), ()):
-                self.first_use.setdefault(name, self.time)
+            held = self._parameters.get(_storage_key(tensor), ())
+            first, end = _span(tensor) if len(held) > 1 else (0, 0)
+            for name, begins, ends in held:
+                # Several parameters may be parts of one storage, as vectors of parameters are.
+                if len(held) == 1 or (first < ends and begins < end):
+                    self.first_use.setdefault(name, self.time)
             value = self.value_of(tensor)
             if value is not None:
                 reads.add(value)
@@ -250,6 +315,16 @@ def _storage_key(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
         return -id(tensor)
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Where in its storage a tensor begins and ends."""
+    try:
+        begins = int(tensor.storage_offset())
+    except (NotImplementedError, RuntimeError):
+        return 0, 1
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return begins, begins + (int(reach) + 1 if tensor.numel() else 0)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:  # noqa: ANN401

@@ -20,6 +20,7 @@ from offramp.build.layout import LAYOUTS, find_layout
 from offramp.build.outputs import ExitOutputs, LogitsFunction, find_logits
 from offramp.build.ownership import StageMap, map_stages
 from offramp.build.placement import Exits, Place, resolve
+from offramp.build.prototypes import PrototypeHead
 from offramp.build.watch import as_found
 from offramp.errors import DataError, HeadError, PlaceError
 
@@ -193,7 +194,7 @@ def attach(
     calls = [found.calls_of(place.path)[place.call] for place in places]
     if select is None:
         args, kwargs = take_rows(args, kwargs, torch.arange(found.batch))
-    with as_found(backbone):
+    with as_found(backbone), torch.inference_mode(False), torch.no_grad():
         named = named_inputs(backbone, args, kwargs)
         made: list[_Made] = []
         for head, call in zip(wanted, calls, strict=True):
@@ -257,8 +258,10 @@ def _make(
         raise PlaceError(f"The output of {found.name(call)!r} holds no tensor.")
     shape, dtype, device = call.feature.shape, call.feature.dtype, call.feature.device
     feature = torch.zeros(shape, dtype=dtype, device=device)
+    layout = find_layout(found, call) if len(shape) in LAYOUTS else None
+    if isinstance(head, PrototypeHead):
+        head.layout = head.layout or layout
     if isinstance(head, str):
-        layout = find_layout(found, call) if len(shape) in LAYOUTS else None
         budget = HEAD_SHARE * found.macs
         head = make_head(head, feature, found.num_classes, layout=layout, budget=budget)
     elif not isinstance(head, nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -88,6 +88,8 @@ def tensors_in(output: Any) -> list[Tensor]:  # noqa: ANN401
         return [output]
     if isinstance(output, Mapping):
         output = list(output.values())
+    elif is_dataclass(output):
+        output = [getattr(output, part.name) for part in fields(output)]
     elif not isinstance(output, (tuple, list)):
         return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     return [tensor for part in output for tensor in tensors_in(part)]

@@ -13,9 +13,10 @@ module calls whose output
   one, and is entered).
 
 Of several calls that end at the same cost, such as a convolution with its norm and activation, or a
-stage and its last block, the outermost counts, and of those the last. Where a network joins all of
-its layers at the end (jumping knowledge, weighted sums of layers) nothing passes the second point;
-then it is enough that all later work depends on the output.
+stage and its last block, the outermost counts, and of those the last. Where too few pass the second
+point, as where a network joins all of its layers at the end (weighted sums of layers) or reads its
+inputs again and again, it is enough that all later work depends on the output, or most of it; but
+never within a branch that is blind to others, or with others still to begin.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offramp.build.cost import CostProfile, Feature, ModuleCall
+from offramp.build.flow import COSTLY, SEES
 from offramp.build.layout import LAYOUTS
 from offramp.errors import PlaceError, near_matches
 
@@ -35,6 +37,8 @@ __all__ = ["Exits", "Place", "candidates", "percentiles", "resolve"]
 
 # At least this share of the work must remain after an automatic exit, or leaving saves nothing.
 REST = 0.02
+# Where there are too few places: the most of the work after one that comes from the inputs past it.
+PASSES = 0.5
 
 Exits = int | Sequence[int | float | str] | Mapping[str, Any]
 
@@ -72,10 +76,18 @@ def candidates(profile: CostProfile, at_least: int = 1) -> tuple[Place, ...]:
         profile: of the backbone.
         at_least: how many are wanted; with fewer strict ones, the weaker rule is added.
     """
-    strict = _thin(profile, [c for c in _open_calls(profile) if c.cut])
-    if len(strict) < at_least:
-        strict = _thin(profile, [c for c in _open_calls(profile) if c.cut or c.feeds_all])
-    return tuple(_place(profile, call) for call in strict)
+    calls = _open_calls(profile)
+    found = _thin(profile, [c for c in calls if c.cut and c.pending < COSTLY])
+    if len(found) < at_least:
+        found = _thin(profile, [c for c in calls if _one_stream(profile, c)])
+    return tuple(_place(profile, call) for call in found)
+
+
+def _one_stream(profile: CostProfile, call: ModuleCall) -> bool:
+    """The weaker rule."""
+    after = 1.0 - call.macs_after / profile.macs
+    fed = call.feeds_all or (call.cut and call.pending <= PASSES * after)
+    return fed and call.seen >= SEES
 
 
 def percentiles(n: int) -> tuple[float, ...]:
@@ -239,7 +251,8 @@ def _nearest(
     if len(found) < len(wanted):
         others = [call for call in profile.calls if call.cut and not _is_batched(call)]
         raise PlaceError(
-            f"{len(wanted)} exits were asked for and the backbone has {len(found)} fit places"
+            f"{len(wanted)} exits were asked for and the backbone has {len(found)} fit place"
+            f"{'' if len(found) == 1 else 's'}"
             f"{': ' + ', '.join(p.name for p in found) if found else ''}."
             f"{_not_batched(profile, others)} Ask for fewer, or name the places by their paths."
         )
@@ -308,13 +321,20 @@ def _by_path(profile: CostProfile, name: str) -> Place:
         )
     match = _CALL.fullmatch(name)
     path, number = (match["path"], int(match["call"])) if match else (name, None)
+    if path in profile.aliases:
+        first = profile.aliases[path]
+        raise PlaceError(
+            f"The module {path!r} is the same object as {first!r}. Name it so: {first!r}, or where "
+            f"it is called several times, '{first}@k' for its call k, counted from 0."
+        )
     if path not in profile.paths or path == "":
         raise PlaceError(_unknown(profile, name, path))
     calls = profile.calls_of(path)
     if not calls:
         raise PlaceError(
-            f"The module {path!r} exists and never runs in evaluation mode with this example, so "
-            f"no exit can stand there. Places that run: {_list(profile)}."
+            f"The module {path!r} exists and never runs in evaluation mode with this example (or "
+            "is TorchScript, which cannot be watched), so no exit can stand there. Places that "
+            f"run: {_list(profile)}."
         )
     if number is None and len(calls) > 1:
         raise PlaceError(

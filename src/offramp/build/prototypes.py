@@ -30,6 +30,7 @@ class PrototypeHead(LazyModuleMixin, nn.Module):
 
     Args:
         num_classes: C.
+        layout: of the feature, such as ``"NHWC"``; found when it is attached if not given.
 
     Attributes:
         means: (C, D), zero until they are fitted.
@@ -37,9 +38,10 @@ class PrototypeHead(LazyModuleMixin, nn.Module):
 
     means: Tensor
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, layout: str | None = None) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.layout = layout
         self.register_buffer("means", UninitializedBuffer())
 
     def initialize_parameters(self, feature: Tensor, *args: Any) -> None:  # noqa: ANN401
@@ -53,7 +55,7 @@ class PrototypeHead(LazyModuleMixin, nn.Module):
         """The mean over space or tokens, ``(B, D)``."""
         if feature.ndim == 2:
             return feature
-        last = channels_last(layout_of(tuple(feature.shape)), feature.ndim)
+        last = channels_last(self.layout or layout_of(tuple(feature.shape)), feature.ndim)
         inner = range(1, feature.ndim - 1) if last else range(2, feature.ndim)
         return feature.mean(tuple(inner))
 

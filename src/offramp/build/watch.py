@@ -13,7 +13,7 @@ from torch import nn
 
 from offramp.build.attention import plain_attention
 from offramp.build.flow import FlowRecorder
-from offramp.build.layout import ChannelUse, channel_use
+from offramp.build.layout import ChannelUse, channel_made, channel_use
 from offramp.build.outputs import tensors_in
 
 __all__ = ["ClockWatch", "FlowWatch", "Seen", "SeenTensor", "Watch", "as_found"]
@@ -45,6 +45,7 @@ class Seen:
     before: float = 0.0
     after: float = 0.0
     uses: ChannelUse | None = None
+    makes: ChannelUse | None = None
 
 
 class Watch:
@@ -81,7 +82,7 @@ class Watch:
     def began(self, call: Seen, module: nn.Module, inputs: Any) -> None:  # noqa: ANN401
         """What to note when a call begins."""
 
-    def ended(self, call: Seen, output: Any) -> None:  # noqa: ANN401
+    def ended(self, call: Seen, module: nn.Module, output: Any) -> None:  # noqa: ANN401
         """What to note when a call ends: the shapes."""
         call.tensors = [SeenTensor(tuple(t.shape), t.dtype, t.device) for t in tensors_in(output)]
 
@@ -99,7 +100,7 @@ class Watch:
             call = self.calls[self._open.pop()]
             call.order = self._ended
             self._ended += 1
-            self.ended(call, output)
+            self.ended(call, module, output)
 
         return before, after
 
@@ -119,13 +120,16 @@ class FlowWatch(Watch):
             value = self.recorder.value_of(taken[0])
             call.uses = channel_use(module, tuple(taken[0].shape), value)
 
-    def ended(self, call: Seen, output: Any) -> None:  # noqa: ANN401
-        """Work done so far, and the tensors that came out."""
+    def ended(self, call: Seen, module: nn.Module, output: Any) -> None:  # noqa: ANN401
+        """Work done so far, and the tensors that came out, the first one's channels too."""
         call.ended, call.after = self.recorder.time, self.recorder.flops
         call.tensors = [
             SeenTensor(tuple(t.shape), t.dtype, t.device, self.recorder.value_of(t))
             for t in tensors_in(output)
         ]
+        if call.tensors:
+            first = call.tensors[0]
+            call.makes = channel_made(module, first.shape, first.value)
 
 
 class ClockWatch(Watch):
@@ -141,7 +145,7 @@ class ClockWatch(Watch):
         self._wait()
         call.before = time.perf_counter()
 
-    def ended(self, call: Seen, output: Any) -> None:  # noqa: ANN401
+    def ended(self, call: Seen, module: nn.Module, output: Any) -> None:  # noqa: ANN401
         """The instant."""
         self._wait()
         call.after = time.perf_counter()

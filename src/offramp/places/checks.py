@@ -26,9 +26,9 @@ def check_settings(
     for name, value in (("exits", exits), ("samples", samples), ("epochs", epochs)):
         if value is not None and value < 1:
             raise DataError(f"{name}={value}: expected 1 or more.")
-    if not drops or not all(0.0 <= drop < 1.0 for drop in drops):
+    if not isinstance(drops, Sequence) or not drops or not all(0.0 <= drop < 1.0 for drop in drops):
         raise DataError(
-            f"drops={tuple(drops)}: expected one or more shares of accuracy from 0 to 1, such as "
+            f"drops={drops!r}: expected one or more shares of accuracy from 0 to 1, such as "
             "(0.0, 0.01)."
         )
     if not (0.0 <= worth < 1.0 and math.isfinite(worth)):
@@ -55,9 +55,9 @@ def check_rows(labels: Tensor, rows: int) -> None:
     """Refuse too few rows, and rows of one class."""
     if rows < LEAST:
         raise DataError(
-            f"The loader has {rows} samples, too few for a search: expected {LEAST} or more, since "
-            "below that the differences between exits are chance. Place exits by cost instead: "
-            "method='percentiles'."
+            f"{rows} samples were looked at (the loader's, or as many as samples= and memory let), "
+            f"too few for a search: expected {LEAST} or more, since below that the differences "
+            "between exits are chance. Place exits by cost instead: method='percentiles'."
         )
     if len(labels.unique()) < 2:
         raise DataError(

@@ -151,5 +151,7 @@ def _distinct(made: Sequence[Candidate]) -> list[Candidate]:
     kept: dict[object, Candidate] = {}
     for candidate in made:
         shapes = tuple(tuple(p.shape) for p in candidate.head.parameters())
-        kept.setdefault((candidate.place, type(candidate.head), shapes, candidate.macs), candidate)
+        reads = getattr(candidate.head, "class_token", None)  # the first token or their mean
+        key = candidate.place, type(candidate.head), shapes, candidate.macs, reads
+        kept.setdefault(key, candidate)
     return sorted(kept.values(), key=lambda c: (c.place, c.macs))

@@ -35,7 +35,7 @@ class Features:
         index: for each candidate, which of them is its.
         labels: (N,) int64.
         marks: (N,) int64 fingerprints of the rows.
-        seconds: that the backbone ran.
+        seconds: that the backbone ran, per row.
         population: how many samples one pass of the whole loader has, as far as it can tell.
     """
 
@@ -68,11 +68,14 @@ class _Pile:
     parts: list[list[Tensor]] = field(default_factory=list)
     labels: list[Tensor] = field(default_factory=list)
     marks: list[Tensor] = field(default_factory=list)
-    seconds: float = 0.0
+    seconds: list[float] = field(default_factory=list)  # of the backbone, for each batch
 
     def add(self, dense: Dense, batch: Batch) -> None:
         started = time.perf_counter()
         features, _, named = _run(dense, batch)
+        if any(feature.device.type not in ("cpu", "meta") for feature in features):
+            torch.accelerator.synchronize()
+        self.seconds.append(time.perf_counter() - started)
         condensed = [
             _condense(dense, k, features[candidate.place], named)
             for k, candidate in enumerate(dense.candidates)
@@ -82,7 +85,6 @@ class _Pile:
             self.parts = [[] for _ in range(max(self.index) + 1)]
         for k, part in enumerate(self.parts):
             part.append(condensed[self.index.index(k)])
-        self.seconds += time.perf_counter() - started
         self.labels.append(_labels(batch))
         self.marks.append(fingerprints(batch))
 
@@ -99,7 +101,9 @@ class _Pile:
                 "batch to batch; give a loader whose samples are all of one size."
             ) from error
         labels, marks = torch.cat(self.labels), torch.cat(self.marks)
-        return Features(condensed, self.index, labels, marks, self.seconds, population)
+        skipped = int(len(self.labels) > 1)  # the first batch warms up
+        seconds = sum(self.seconds[skipped:]) / max(1, sum(map(len, self.labels[skipped:])))
+        return Features(condensed, self.index, labels, marks, seconds, population)
 
 
 def gather(

@@ -29,7 +29,7 @@ from offramp.places.features import (
 from offramp.places.judging import Terms, judged
 from offramp.places.learning import learn
 from offramp.places.result import PlacePlan, PlannedExit, SearchCost
-from offramp.train.data import EpochLoader, preserved_randomness
+from offramp.train.data import EpochLoader, preserved_generators, preserved_randomness
 
 __all__ = ["METHODS", "plan"]
 
@@ -101,6 +101,11 @@ def plan(
     check_settings(exits, drops, worth, samples, epochs)
     check_devices(backbone, example)
     if method == "percentiles":
+        if heads is not None:
+            raise DataError(
+                "heads= names what a search tries; method='percentiles' compares nothing. Leave "
+                "it out here, and give attach(..., heads=...) the kind of head."
+            )
         return _percentiles(backbone, example, exits or 3, logits)
     if loader is None:
         raise DataError(
@@ -115,7 +120,12 @@ def plan(
         )
     terms = Terms(tuple(drops), worth, exits, rule, seed)
     started = time.perf_counter()
-    with preserved_randomness():
+    with (
+        preserved_randomness(),
+        preserved_generators(loader, held_out),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         torch.manual_seed(seed)
         return _search(
             attach_densely(backbone, example, heads, logits),
@@ -192,4 +202,4 @@ def _cost(
     macs = (learned + recorded) * full
     macs += (BACKWARD * epochs * learned + recorded) * dense.head_macs
     passes = BACKWARD * TRAINING_EPOCHS * features.population
-    return SearchCost(macs, seconds, passes * full, passes * features.seconds / max(learned, 1))
+    return SearchCost(macs, seconds, passes * full, passes * features.seconds)

@@ -30,6 +30,7 @@ __all__ = [
     "check_labels",
     "derive_seed",
     "distinct",
+    "preserved_generators",
     "preserved_randomness",
 ]
 
@@ -64,6 +65,18 @@ def preserved_randomness() -> Iterator[None]:
     finally:
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+@contextmanager
+def preserved_generators(*loaders: Any) -> Iterator[None]:  # noqa: ANN401
+    """Leave the generators that loaders bring along as they were."""
+    found = {id(g): g for loader in loaders for g in map(_generator, _owners(loader)) if g}
+    states = [(generator, generator.get_state()) for generator in found.values()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 class DataRandomness:
@@ -280,12 +293,22 @@ def check_labels(labels: Tensor | None, num_classes: int, whose: str) -> Tensor:
 
 def _seed_generators(loader: Any, seed: int, epoch: int) -> None:  # noqa: ANN401
     """Generators and epoch counters that the loader and its samplers bring along."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    sampler = getattr(loader, "sampler", None)
-    for owner in (loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
+    for owner in _owners(loader):
+        generator = _generator(owner)
+        if generator is not None:
             generator.manual_seed(seed)
         set_epoch = getattr(owner, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
+
+
+def _owners(loader: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    """The loader and its samplers."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    sampler = getattr(loader, "sampler", None)
+    return loader, sampler, batch_sampler, getattr(batch_sampler, "sampler", None)
+
+
+def _generator(owner: Any) -> torch.Generator | None:  # noqa: ANN401
+    found = getattr(owner, "generator", None)
+    return found if isinstance(found, torch.Generator) else None
