@@ -161,3 +161,11 @@ def test_guessing_costs_what_is_left_to_compute():
     full = float((trace.logits[-1].argmax(1) == trace.labels).double().mean())
     commonest = float(trace.labels.bincount().max()) / trace.num_samples
     assert judge.costs(()) == pytest.approx([1 - drop / (full - commonest) for drop in DROPS])
+
+
+def test_candidates_may_be_thousands():
+    places = 1200
+    accuracies = [0.5] * places + [0.9]
+    trace = trace_of(accuracies, [1.0] * (places + 1), [0.0] * places, samples=20)
+    judge = Judge(trace, score(trace, Confidence()), tuple(range(places)), DROPS)
+    assert len(judge.all([3, 1100], 2)) == 4

@@ -215,6 +215,74 @@ def test_an_example_without_padding_does_not_hide_whose_mask_it_is(fold: str, pa
     assert torch.allclose(result.logits, wanted, atol=1e-5)
 
 
+class Given(Masked):
+    """The mask comes as numbers: 1 or above is a token, or 1 is padding."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__("inner, bool")
+        self.kind = kind
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        return super().forward(x, keep == 0 if self.kind == "padding" else keep > 0)
+
+    def as_given(self, keep: Tensor) -> Tensor:
+        return (~keep).long() if self.kind == "padding" else keep.float()
+
+
+@pytest.mark.parametrize("kind", ["tokens", "padding"])
+@pytest.mark.parametrize("padded", [None, 3, 5], ids=["nowhere", "fourth", "last"])
+def test_masks_of_numbers_and_a_padded_row_anywhere_tell_the_order(
+    kind: str, padded: int | None
+) -> None:
+    torch.manual_seed(0)
+    keep = torch.ones(6, 5, dtype=torch.bool)
+    if padded is not None:
+        keep[padded, 2:] = False
+    backbone = Given(kind).eval()
+    example = {"x": torch.randn(6, 5, 6), "keep": backbone.as_given(keep)}
+    model = attach(backbone, example, exits=["tap"])
+    keep = torch.arange(5) < torch.tensor([5, 1, 3, 2, 4, 1])[:, None]
+    given = {"x": torch.randn(6, 5, 6), "keep": backbone.as_given(keep)}
+    with torch.no_grad():
+        early, last = model(**given).logits
+    confident = early.softmax(-1).amax(-1)
+    policy = Policy("confidence", [float(confident.sort().values[2:4].mean())])
+    runner = Runner(model, policy, example)
+    runner.times = StageTimes.none()  # it always compacts
+    result = runner(**given)
+    assert len(result.exit.unique()) == 2
+    wanted = torch.where((result.exit == 0)[:, None], early, last)
+    assert torch.allclose(result.logits, wanted, atol=1e-5)
+
+
+class Between(nn.Module):
+    """Samples lie between heads and windows: neither together nor in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.tap, self.second = nn.Linear(6, 6), nn.Identity(), nn.Linear(6, 6)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        mask = (keep > 0).reshape(-1, 2).repeat(2, 1).float()  # (2 · B · 2, 2)
+        x = self.tap(self.weighed(torch.tanh(self.first(x)), mask))
+        return self.fc(self.weighed(torch.tanh(self.second(x)), mask).mean(1))
+
+    def weighed(self, x: Tensor, mask: Tensor) -> Tensor:
+        return x * mask.reshape(2, x.shape[0], 4).mean(0)[:, :, None]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_samples_folded_in_between_are_refused(padded: bool) -> None:
+    keep = torch.ones(6, 4)
+    if padded:
+        keep[2, 1:] = 0
+    example = {"x": torch.randn(6, 4, 6), "keep": keep}
+    model = attach(Between().eval(), example, exits=["tap"])
+    with pytest.raises(StageError, match="neither together nor in turn"):
+        cut(model, example)
+
+
 class Numbered(nn.Module):
     """Rows are numbered once; the numbers are read before and after the exit."""
 

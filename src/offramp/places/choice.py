@@ -95,14 +95,17 @@ class Judge:
     def _walk(
         self, chosen: Subset, k: int, state: State, pool: set[int], most: int
     ) -> Iterator[tuple[Subset, State]]:
+        def offered(k: int) -> bool:
+            free = not chosen or self.groups[chosen[-1]] != self.groups[k]
+            return k in pool and free and len(chosen) < most
+
+        while k < len(self.groups) and not offered(k):  # no choice, and there may be thousands
+            state, k = self._pass(state, k, False), k + 1
         if k == len(self.groups):
             yield chosen, state
             return
         yield from self._walk(chosen, k + 1, self._pass(state, k, False), pool, most)
-        free = not chosen or self.groups[chosen[-1]] != self.groups[k]
-        if k in pool and free and len(chosen) < most:
-            taken = self._pass(state, k, True)
-            yield from self._walk((*chosen, k), k + 1, taken, pool, most)
+        yield from self._walk((*chosen, k), k + 1, self._pass(state, k, True), pool, most)
 
     def _pass(self, state: State, k: int, taken: bool) -> State:
         """Come to candidate ``k``; let go who reaches the threshold, if its exit is taken."""

@@ -15,7 +15,7 @@ the rows that are left. Where a ``select`` function takes the samples out, integ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,6 +27,16 @@ from offramp.run.rows import RowAxis
 from offramp.run.selection import Selector, samples_of, take_samples
 
 __all__ = ["Stage", "StagedModel", "oriented"]
+
+Shake = Callable[[Tensor], Tensor]
+# Masks are made of inputs in many ways: whether they are zero, one, positive, or more than others.
+_SHAKES: tuple[Shake, ...] = (
+    torch.zeros_like,
+    torch.ones_like,
+    lambda tensor: -tensor - 1 if tensor.is_floating_point() else torch.zeros_like(tensor),
+    lambda tensor: tensor + 0.5 if tensor.is_floating_point() else torch.ones_like(tensor),
+)
+ROUNDED = 0.01  # of the entries of a value may differ by more than rounding usually does
 
 
 @dataclass(frozen=True)
@@ -91,24 +101,33 @@ class StagedModel:
 def oriented(staged: StagedModel) -> StagedModel:
     """Find out, by trying, in which order samples lie where they are folded with something else.
 
-    The example is run as it is and with two samples exchanged; the order is the one in which
-    exchanging the samples of the first gives the second. What that does not tell, as of a mask
-    that is the same in all samples, is told by an example whose samples differ in all inputs.
+    The example is run as it is and with its samples moved; the order is the one in which moving
+    the samples of the first gives the second. What that does not tell, as of a mask that is the
+    same in all samples, is told by examples whose samples differ in all inputs.
+
+    Raises:
+        StageError: samples lie in neither order, or no example tells in which.
     """
     folded = {name: axis for name, axis in staged.rows.items() if axis and axis.multiple > 1}
     if not folded:
         return staged
     told = _orders(staged, staged.call.tensors, folded)
+    reason = ""
+    for shake in _SHAKES if staged.selector is None else ():
+        left = {name: axis for name, axis in folded.items() if name not in told}
+        if not left:
+            break
+        try:
+            told |= _orders(staged, _shaken(staged.call.tensors, shake), left)
+        except (RuntimeError, IndexError) as error:
+            reason = f" ({error})"
     left = {name: axis for name, axis in folded.items() if name not in told}
     if left and staged.selector is None:
-        try:
-            told |= _orders(staged, _shaken(staged.call.tensors), left)
-        except (RuntimeError, IndexError) as error:
-            raise StageError(
-                f"The example does not tell in which order samples lie in {sorted(left)}, and "
-                f"other inputs, made to tell, break the model ({error}). Give an example whose "
-                "rows differ in every input (a mask with padding, say)."
-            ) from error
+        raise StageError(
+            f"The example does not tell in which order samples lie in {sorted(left)}, nor do "
+            f"other inputs that were made to tell{reason}. Give an example whose rows differ in "
+            "every input (a mask with padding, say)."
+        )
     return replace(staged, rows={**staged.rows, **told})
 
 
@@ -116,16 +135,21 @@ def _orders(
     staged: StagedModel, example: Sequence[Tensor], folded: Mapping[str, RowAxis]
 ) -> dict[str, RowAxis]:
     """The order of samples in those folded values where an example tells it."""
-    swap = torch.arange(staged.samples, device=example[0].device)
-    differs = [bool(any((v[k] != v[0]).any() for v in example)) for k in range(staged.samples)]
-    other = differs.index(True) if staged.selector is None and any(differs) else 1
-    swap[[0, other]] = swap[[other, 0]]
+    # Every sample moves, so that each that differs from its neighbour tells.
+    moved = torch.arange(staged.samples, device=example[0].device).roll(1)
     plain = _values(staged, example)
-    swapped = _values(staged, staged.take(example, swap))
+    after = _values(staged, staged.take(example, moved))
     told = {}
     for name, axis in folded.items():
         orders = (axis, replace(axis, inner=True))
-        far = [_unlike(order.take(plain[name], swap), swapped[name]) for order in orders]
+        far = [_unlike(order.take(plain[name], moved), after[name]) for order in orders]
+        if min(far) > ROUNDED * after[name].numel():
+            raise StageError(
+                f"The samples of {name!r}, of shape {tuple(after[name].shape)}, are folded with "
+                "something else in an order that is not known: they lie neither together nor in "
+                "turn. Fold the batch first or last, x.reshape(batch * n, ...) or "
+                "x.repeat(n, ...), or place the exits where it is not folded."
+            )
         if far[0] != far[1]:
             told[name] = orders[far[1] < far[0]]
     return told
@@ -138,18 +162,14 @@ def _unlike(one: Tensor, other: Tensor) -> int:
     return int((one != other).sum())
 
 
-def _shaken(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """An example whose samples differ: noise, and here and there another truth value or a zero."""
+def _shaken(tensors: Sequence[Tensor], shake: Shake) -> list[Tensor]:
+    """An example whose samples differ: here and there another truth value or number."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for tensor in tensors:
         drawn = torch.rand(tensor.shape, generator=generator).to(tensor.device)
-        if tensor.is_floating_point():
-            made.append(tensor + (drawn - 0.5).to(tensor.dtype))
-        elif tensor.dtype == torch.bool:
-            made.append(tensor ^ (drawn < 0.3))
-        else:
-            made.append(torch.where(drawn < 0.3, 0, tensor))
+        other = tensor.logical_not() if tensor.dtype == torch.bool else shake(tensor)
+        made.append(torch.where(drawn < 0.3, other, tensor))
     return made
 
 
