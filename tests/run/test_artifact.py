@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -14,9 +19,9 @@ from offramp.build.model import attach
 from offramp.decide.criteria import Criterion
 from offramp.decide.policy import Policy, replay
 from offramp.decide.record import record
-from offramp.errors import ArtifactError, DataError, EqualityError, OfframpError
-from offramp.run import artifact
-from offramp.run.artifact import MODEL, POLICY, export, load, verify
+from offramp.errors import ArtifactError, DataError, EqualityError, OfframpError, PolicyError
+from offramp.run import artifact, engines
+from offramp.run.artifact import MANIFEST, MODEL, POLICY, export, load, verify
 from offramp.run.runner import Runner
 from tests.decide.rules import CLASSES, EXITS, every_rule
 from tests.networks import MLP, example_of
@@ -331,7 +336,7 @@ def test_numbers_of_numpy_are_part_of_the_file_and_what_json_cannot_hold_is_refu
 def test_a_link_goes_on_leading_to_the_newest(tmp_path: Path) -> None:
     one, policy = case("mlp"), Policy("confidence", [0.5, 0.5])
     parts = {MODEL: b"model", POLICY: b"policy"}
-    artifact._write(tmp_path / "v1", parts, {})
+    artifact._write(tmp_path / "v1", parts, {"kind": artifact.KIND})
     (tmp_path / "current").symlink_to("v1")
     export(one.model, policy, one.example, tmp_path / "current")
     assert (tmp_path / "current").is_symlink()
@@ -356,3 +361,164 @@ def test_what_cannot_be_put_in_place_leaves_the_old_one(
         artifact._write(target, {MODEL: b"new"}, {})
     assert (target / MODEL).read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["made"]
+
+
+def test_what_is_not_an_artifact_is_not_replaced(tmp_path: Path) -> None:
+    one, policy, app = case("mlp"), Policy.final(), tmp_path / "app"
+    app.mkdir()
+    (app / "precious.txt").write_text("x")
+    for foreign, text in (
+        ('{"name": "web app"}', "is no artifact of offramp. Choose another path"),
+        ("[1]", "is no artifact of offramp"),
+        ('{"kind": "offramp artif', "Delete the folder if it is one, or choose another path"),
+    ):
+        (app / MANIFEST).write_text(foreign)
+        with pytest.raises(ArtifactError, match=text):
+            export(one.model, policy, one.example, app)
+        assert (app / "precious.txt").read_text() == "x"
+        assert (app / MANIFEST).read_text() == foreign
+    (app / MANIFEST).write_text(json.dumps({"kind": artifact.KIND}))  # damaged, but one of them
+    verify(export(one.model, policy, one.example, app))
+
+
+def test_what_json_writes_otherwise_is_read_back_all_the_same(tmp_path: Path) -> None:
+    one, policy = case("mlp"), Policy.final()
+    labels = {i: f"class {i}" for i in range(11)}
+    told = {"id2label": labels, 1: "a", "size": (3, 4)}
+    path = export(
+        one.model, policy, one.example, tmp_path / "a", preprocessing=told, classes=np.arange(4)
+    )
+    manifest = verify(path)
+    assert manifest["preprocessing"] == {
+        "id2label": {str(i): name for i, name in labels.items()},
+        "1": "a",
+        "size": [3, 4],
+    }
+    assert manifest["classes"] == [0, 1, 2, 3]
+    with pytest.raises(ArtifactError, match="classes cannot be written as JSON"):
+        export(one.model, policy, one.example, tmp_path / "b", classes=list(torch.zeros(4)))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_rule_with_state_and_no_thresholds_gives_no_file_of_all_exits(tmp_path: Path) -> None:
+    one, policy = case("mlp"), Policy("arithmetic", None)
+    with pytest.raises(PolicyError, match="carries state"):
+        export(one.model, policy, one.example, tmp_path / "a", exits="all")
+    assert list(tmp_path.iterdir()) == []
+    path = export(one.model, policy, one.example, tmp_path / "a")
+    with torch.no_grad():
+        wanted = one.backbone(one.example).softmax(-1)
+    assert torch.allclose(load(path)(one.example).logits.softmax(-1), wanted, atol=1e-5)
+
+
+def _positive(logits: Tensor) -> Tensor:
+    return (logits > 0).sum(-1)
+
+
+def _sure(logits: Tensor) -> Tensor:
+    return logits.double().softmax(-1).amax(-1)
+
+
+@pytest.mark.parametrize(("score", "limit"), [(_positive, 2.5), (_sure, 0.7)])
+def test_scores_of_any_type_are_compared_alike(tmp_path: Path, score: object, limit: float) -> None:
+    class Own(Criterion):
+        name = "own"
+
+        def forward(
+            self, logits: Tensor, state: tuple[Tensor, ...], exit: int
+        ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+            return logits, score(logits), state  # type: ignore[operator]
+
+    one, x = case("mlp"), example_of("mlp", 64, seed=6)
+    policy = Policy(Own(), [limit, float("inf")])
+    wanted = replay(record(one.model, [x], progress=False), policy)
+    assert wanted.score.dtype == torch.float32
+    assert wanted.exit.unique().tolist() == [0, 2]
+    first = whole(one, x)[0]
+    assert torch.equal(wanted.exit == 0, score(first) >= limit)  # type: ignore[operator]
+    loaded = load(export(one.model, policy, one.example, tmp_path / "a"))
+    made = [Runner(one.model, policy, one.example, engine=e) for e in ("torch", "onnxruntime")]
+    off = Runner(one.model, policy, one.example, exits="all")
+    for runner in (loaded, *made, off):
+        assert torch.equal(runner(x).exit, wanted.exit)
+        assert [int(runner(x[i : i + 1]).exit) for i in range(8)] == wanted.exit[:8].tolist()
+
+
+def test_nothing_but_the_artifact_is_needed_to_load_it(
+    pooled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = example_of("cnn", 6)
+    wanted = load(pooled)(x)
+    monkeypatch.setattr(tempfile, "tempdir", str(pooled / "no such folder"))
+    if hasattr(os, "sched_getaffinity"):
+        monkeypatch.delattr(os, "sched_getaffinity")
+    runner = load(pooled)
+    assert torch.equal(runner(x).exit, wanted.exit)
+    assert torch.allclose(runner(x).logits, wanted.logits, atol=1e-5)
+
+
+def test_models_without_room_on_the_disk_are_kept_in_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert engines._put_aside([b"one", b"three"])() == [b"one", b"three"]
+
+    class Full(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def write(self, given: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    kept = engines._put_aside([b"one", b"three"])
+    assert kept() == kept() == [b"one", b"three"]
+
+
+@pytest.mark.parametrize(
+    ("before", "turn", "meanwhile"),
+    [
+        (False, 0, "puts"),  # where nothing stood
+        (True, 0, "takes"),  # what was there is just being replaced
+        (True, 1, "puts"),  # where a place was just made
+    ],
+)
+def test_writers_do_not_get_in_each_others_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool, turn: int, meanwhile: str
+) -> None:
+    target, rename, turns = tmp_path / "made", Path.rename, [0]
+    if before:
+        artifact._write(target, {MODEL: b"old"}, {})
+
+    def interrupted(self: Path, other: Path) -> Path:
+        if turns[0] == turn:
+            if meanwhile == "takes":
+                shutil.rmtree(target)
+            else:
+                target.mkdir()
+                (target / MODEL).write_bytes(b"another's")
+        turns[0] += 1
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    artifact._write(target, {MODEL: b"own"}, {})
+    assert (target / MODEL).read_bytes() == b"own"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["made"]
+
+
+def test_what_is_replaced_while_it_is_read_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, x = case("mlp"), case("mlp").example
+    older = export(one.model, Policy("confidence", [0.0, 0.0]), x, tmp_path / "older")
+    newer = export(one.model, Policy.final(), x, tmp_path / "newer")
+    read, waiting = artifact._manifest, [True]
+
+    def then_replaced(folder: Path) -> dict[str, object]:
+        manifest = read(folder)
+        if waiting.pop() if waiting else False:
+            older.rename(tmp_path / "gone")
+            newer.rename(older)
+        return manifest
+
+    monkeypatch.setattr(artifact, "_manifest", then_replaced)
+    assert load(older)(x).exit.tolist() == [2] * len(x)

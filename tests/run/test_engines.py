@@ -10,12 +10,13 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from offramp.build.model import MultiExitModel, attach
 from offramp.decide.policy import Policy
 from offramp.decide.record import record
-from offramp.errors import OfframpError
+from offramp.errors import DataError, EqualityError, OfframpError, StageError
 from offramp.run.engines import OnnxRuntime, OpenVINO, Torch
 from offramp.run.proof import TOLERANCE
 from offramp.run.runner import Runner
@@ -289,3 +290,84 @@ def test_one_engine_serves_one_device() -> None:
     Runner(one.model, Policy.final(), one.example, engine=engine)
     with pytest.raises(OfframpError, match="serves a runner on cpu.* one on meta"):
         engine.serve(torch.device("meta"))
+
+
+class Large(nn.Module):
+    """Takes numbers of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden = nn.Embedding(2, 12), nn.Linear(12, 12)
+        self.last = nn.Linear(12, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.last(self.hidden(self.embed((ids > 500_000).long()).sum(1)).relu())
+
+
+def test_integers_that_openvino_would_cut_are_refused() -> None:
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    small, edge = {"ids": torch.randint(10**6, (6, 5))}, 2**31
+    model = attach(Large().eval(), small, exits=["hidden"]).eval()
+    policy = Policy("confidence", [0.4])
+    runner = Runner(model, policy, small, engine="openvino")
+    plain = Runner(model, policy, small)
+    for value in (edge - 1, -edge):
+        given = small["ids"].clone()
+        given[2, 3] = value
+        assert torch.allclose(runner(ids=given).logits, plain(ids=given).logits, atol=1e-4)
+    for value in (edge, -edge - 1, 2**40):
+        given[2, 3] = value
+        with pytest.raises(DataError, match=f"'ids' has values .*{value}.*engine='onnxruntime'"):
+            runner(ids=given)
+        with pytest.raises(DataError, match="OpenVINO keeps 32 bits"):
+            runner(ids=given.numpy())
+        with pytest.raises(DataError, match="OpenVINO keeps 32 bits"):
+            next(runner.anytime(ids=given))
+    with pytest.raises(DataError, match="OpenVINO keeps 32 bits"):
+        Runner(model, policy, {"ids": given}, engine="openvino")
+
+
+def precise(dtype: torch.dtype) -> tuple[MultiExitModel, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(5, 12).to(dtype)
+    net = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4))
+    return attach(net.to(dtype), x, exits=["0"]).eval(), x
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_what_numpy_does_not_know_is_refused_by_name(engine: str) -> None:
+    if engine == "openvino":
+        pytest.importorskip("openvino")
+    model, x = precise(torch.bfloat16)
+    with pytest.raises(StageError, match="bfloat16"):
+        Runner(model, Policy("confidence", [0.5]), x, engine=engine)
+
+
+def test_auto_passes_over_engines_that_cannot_take_the_example() -> None:
+    model, x = precise(torch.bfloat16)
+    assert Runner(model, Policy("confidence", [0.5]), x, engine="auto").engine.name == "torch"
+
+
+def test_auto_passes_over_engines_that_answer_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def first(names: list[str], load: object, *args: object) -> tuple[object, object]:
+        engine = OnnxRuntime() if "onnxruntime" in names else Torch()
+        tried.append(engine.name)
+        return engine, load(engine)  # type: ignore[operator]
+
+    def prove(made: Runner, *args: object) -> None:
+        if not made.engine.exact or wrong:
+            raise EqualityError("differs")
+
+    monkeypatch.setattr("offramp.run.runner.fastest", first)
+    monkeypatch.setattr("offramp.run.runner.prove", prove)
+    model, x = precise(torch.float32)
+    wrong = False
+    runner = Runner(model, Policy("confidence", [0.5]), x, engine="auto")
+    assert runner.engine.name == "torch"
+    assert tried == ["onnxruntime", "torch"]
+    wrong = True  # also torch: it is the model
+    with pytest.raises(EqualityError):
+        Runner(model, Policy("confidence", [0.5]), x, engine="auto")

@@ -206,3 +206,73 @@ def test_reversed_arrays_are_cut_into_pieces_and_named() -> None:
     runner.max_batch = 100
     with pytest.raises(DataError, match="row 4"):
         runner(bad[:, :, ::-1])
+
+
+def reversed_in_memory(kind: str) -> dict[str, np.ndarray]:
+    """Arrays that run backwards; the last of one row, which numpy calls contiguous all the same."""
+    x = example_of(kind, 7).numpy()
+    return {"rows": x[::-1], "columns": x[..., ::-1], "one row": x[:1][::-1]}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("what", ["rows", "columns", "one row", "read-only"])
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_arrays_in_any_memory_are_answered(engine: str, what: str) -> None:
+    runner = runner_of("mlp", engine)
+    x = reversed_in_memory("mlp").get(what)
+    if x is None:
+        x = example_of("mlp", 7).numpy().copy()
+        x.flags.writeable = False
+    wanted = runner(x.copy())
+    assert np.allclose(runner(x).logits, wanted.logits, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+@pytest.mark.parametrize("most", [2, 100])
+def test_graphs_in_any_memory_are_answered(engine: str, most: int) -> None:
+    runner = _graphs(engine)
+    plain = graphs(5)
+    arrays = {name: value.numpy() for name, value in plain.items()}
+    flipped = {**arrays, "x": arrays["x"][:, ::-1]}
+    wanted = runner(**{**arrays, "x": flipped["x"].copy()})
+    runner.max_batch = most
+    got = runner(**flipped)
+    assert np.array_equal(got.exit, wanted.exit)
+    assert np.allclose(got.logits, wanted.logits, atol=1e-5)
+    wanted = _graphs(engine)(**plain)
+    recorded = {**plain, "x": plain["x"].clone().requires_grad_()}
+    got = runner(**recorded)
+    assert torch.equal(got.exit, wanted.exit)
+    assert torch.allclose(got.logits, wanted.logits, atol=1e-5)
+
+
+@cache
+def _made_of_graphs(engine: str) -> Runner:
+    return Runner(graph_model(), Policy("confidence", [0.5, 0.45]), graphs(), engine=engine)
+
+
+def _graphs(engine: str) -> Runner:
+    """One that compacts at every exit."""
+    made = _made_of_graphs(engine)
+    fresh = made.under(made.policy)
+    fresh.times = StageTimes.none()
+    return fresh
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_graphs_without_edges_are_a_batch_and_no_graphs_are_none(engine: str) -> None:
+    runner = _graphs(engine)
+    bare = {
+        "x": torch.randn(3, 5),
+        "edges": torch.empty(2, 0, dtype=torch.int64),
+        "batch": torch.tensor([0, 1, 1]),
+        "graphs": torch.arange(2),
+    }
+    with torch.no_grad():
+        wanted = list(graph_model()(**bare))
+    result = runner(**bare)
+    for row, exit in enumerate(result.exit.tolist()):
+        assert torch.allclose(result.logits[row], wanted[exit][row], atol=1e-5)
+    none = {**bare, "x": bare["x"][:0], "batch": bare["batch"][:0], "graphs": bare["graphs"][:0]}
+    with pytest.raises(DataError, match="'graphs' is an empty batch"):
+        runner(**none)

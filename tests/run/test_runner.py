@@ -432,3 +432,63 @@ def test_other_thresholds_of_another_rule_or_exit_are_refused() -> None:
         runner.under(Policy("entropy", [0.5, 0.5]))
     with pytest.raises(PolicyError, match="exit 0, which this runner left out"):
         runner.under(Policy("confidence", [0.5, 0.5]))
+
+
+@pytest.mark.parametrize(("criterion", "cascade"), [("confidence", True), ("patience", False)])
+@pytest.mark.parametrize("arrays", [False, True])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_is_handed_out_at_any_time_may_be_written_to(
+    engine: str, arrays: bool, criterion: str, cascade: bool
+) -> None:
+    example = torch.randn(32, 12)
+    layers = [nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(3)]
+    net = nn.Sequential(*layers, nn.Linear(12, 4))
+    model = attach(net, example, exits=2, cascade=cascade).eval()
+    for linear in [m for m in model.heads.modules() if isinstance(m, nn.Linear)]:
+        nn.init.normal_(linear.weight)
+    runner = Runner(model, Policy(criterion, [9.0, 9.0]), example, engine=engine)
+    x = example.numpy() if arrays else example
+    wanted = [(a.logits * 1, a.score * 1) for a in runner.anytime(x)]
+    for answer, (logits, score) in zip(runner.anytime(x), wanted, strict=True):
+        assert np.allclose(answer.logits, logits, atol=1e-6)
+        assert np.allclose(answer.score, score, atol=1e-6)
+        answer.logits[:] = 7
+        answer.score[:] = 7
+
+
+class Prior(nn.Module):
+    """Has an input that is an exit's logits as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given, self.linear = nn.Identity(), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor, prior: Tensor) -> Tensor:
+        prior = self.given(prior)
+        return self.linear(x) + prior
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_no_answer_is_the_callers_own_array(engine: str, rows: int) -> None:
+    example = (torch.randn(5, 12), torch.randn(5, 4))
+    model = attach(Prior(), example, exits=["given"], heads=[nn.Identity()]).eval()
+    runner = Runner(model, Policy("confidence", [-1.0]), example, engine=engine)
+    x, prior = (value[:rows].clone() for value in example)
+    before = prior.clone()
+    for values in ((x, prior), (x.numpy(), prior.numpy())):
+        runner(*values).logits[:] = 7
+        runner(*values, deadline_ms=1e6).logits[:] = 7
+        for answer in runner.anytime(*values):
+            answer.logits[:] = 7
+        runner.all_exits(*values)[0][:] = 7
+        assert torch.equal(prior, before)
+    recorded = runner(x, prior.clone().requires_grad_())
+    assert torch.equal(recorded.logits, before)
+
+
+def test_gradients_can_be_taken_of_what_is_made_of_all_exits() -> None:
+    one, weight = case("mlp"), torch.ones(4, requires_grad=True)
+    outputs = runner_of("mlp").all_exits(one.example)
+    (outputs[0] * weight).sum().backward()
+    assert weight.grad is not None

@@ -226,6 +226,8 @@ def _decide(
             continue
         here = block[k] if len(alive) == rows else block[k, alive]
         logits, score, state = rule(here, state, k)
+        if score.dtype != torch.float32:
+            score = score.float()  # as at run time
         leave = torch.ones_like(alive, dtype=torch.bool) if last else score >= thresholds[k]
         gone = alive[leave]
         taken[gone], kept_logits[gone], kept_score[gone] = k, logits[leave], score[leave]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -73,6 +74,13 @@ class Answer:
         self.logits = self.engine.scatter(self.logits, logits, index, samples)
         self.score = self.engine.scatter(self.score, score, index, samples)
 
+    def own(self, others: Sequence[Array] | None = None) -> None:
+        """Copy logits and scores of torch that share memory with ``others``; by default, all.
+
+        Engines on numpy arrays write every value to memory of its own.
+        """
+        self.logits, self.score = (_apart(value, others) for value in (self.logits, self.score))
+
     def host_logits(self) -> np.ndarray:
         """(B, C), once all rows have left; they come from a device once."""
         if self._host is None:
@@ -90,11 +98,21 @@ class Answer:
             torch.from_numpy(x) if isinstance(x, np.ndarray) else x
             for x in (prediction, self.logits, self.exit, self.score)
         ]
-        # Not in inference mode, and not a view of an input.
+        # Not in inference mode: gradients may be taken of what is made of an answer.
         found = [value.clone() if value.is_inference() else value for value in found]
         if not (like.is_cpu and isinstance(self.score, np.ndarray)):
             found = [sent(value, like.device) for value in found]
         return Result(*found)
+
+
+def _apart(value: Array, others: Sequence[Array] | None) -> Array:
+    if not isinstance(value, Tensor):
+        return value
+    if others is not None:
+        place = value.untyped_storage().data_ptr()
+        if all(place != other.untyped_storage().data_ptr() for other in others):
+            return value
+    return value.detach().clone()
 
 
 _NAMES = tuple(field.name for field in fields(Result))

@@ -14,6 +14,7 @@ after the file has been compared with the model.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -34,7 +35,7 @@ from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy
 from offramp.errors import ArtifactError, OfframpError, StageError
 from offramp.run.calls import Call
-from offramp.run.chain import Link, Step, chain
+from offramp.run.chain import Link, Step, chain, check_state
 from offramp.run.engines import Engine, OnnxEngine, StepCall, engine_of
 from offramp.run.graph import cut
 from offramp.run.onnx import convert, split
@@ -53,6 +54,7 @@ STAGE = "stages/{}.onnx"
 ENGINES = ("onnxruntime", "openvino")
 KIND = "offramp artifact"
 MOST_FOLDED = 1 << 20  # windows, heads or nodes of one sample in the dimension of the batch
+TRIES = 100  # to put a folder in its place while others do, too
 
 
 def export(
@@ -73,7 +75,7 @@ def export(
         policy: the criterion and its thresholds, which become the file's default thresholds.
         example: an input batch of at least two samples.
         path: the folder to write; an artifact that stands there is replaced.
-        classes: names of the classes, in order, for whoever reads the answers.
+        classes: names of the classes, in order, for whoever reads the answers; as JSON.
         preprocessing: what was done to the inputs, as JSON, for whoever prepares them.
         exits: ``"active"`` leaves out exits that the policy switched off, head and all;
             ``"all"`` keeps every exit, so that the thresholds can be calibrated anew.
@@ -87,19 +89,23 @@ def export(
         EqualityError: the file does not answer as the model does; nothing is written.
         StageError: the model cannot be cut or written as ONNX, or has a ``select`` function.
         ArtifactError: something else stands at ``path``, ``classes`` do not fit, or
-            ``preprocessing`` is no JSON.
+            ``preprocessing`` or ``classes`` are no JSON.
+        PolicyError: the policy is for another number of exits, or cannot be had with all exits.
     """
     target = Path(path)
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise ArtifactError(f"{target} exists and is no artifact of offramp. Choose another path.")
+    _check_replaceable(target)
     if classes is not None and len(classes) != model.num_classes:
         raise ArtifactError(
             f"{len(classes)} class names for a model of {model.num_classes} classes. Name each."
         )
-    _check_json("preprocessing", preprocessing)
+    if classes is not None:
+        classes = _as_json("classes", [_plain(name) for name in classes])
+    preprocessing = _as_json("preprocessing", preprocessing)
+    if exits == "all":
+        check_state(policy)
     kept = [k for k, runs in enumerate(policy.active(model.num_exits)) if runs or exits == "all"]
     staged = cut(model, example, kept)
-    _check_json("What the example has beside tensors", _constants(staged.call))
+    _as_json("What the example has beside tensors", _constants(staged.call))
     steps = chain(staged, policy, model.num_exits)
     file = connect(convert(steps), steps, staged.call.names)
     parts = {MODEL: file.SerializeToString()}
@@ -110,8 +116,8 @@ def export(
     parts[POLICY] = json.dumps(policy.to_json(), indent=1).encode()
     manifest = {
         **_facts(model, staged, steps),
-        "classes": list(classes) if classes is not None else None,
-        "preprocessing": dict(preprocessing) if preprocessing is not None else None,
+        "classes": classes,
+        "preprocessing": preprocessing,
         "stages": stages,
         "proof": proof,
     }
@@ -119,14 +125,37 @@ def export(
     return target
 
 
-def _check_json(what: str, value: Mapping[str, Any] | None) -> None:
+def _check_replaceable(target: Path) -> None:
+    """Refuse a path where something other than an artifact stands, which would be lost."""
+    if not target.exists():
+        return
     try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:
+        manifest = json.loads((target / MANIFEST).read_bytes())
+    except OSError:
+        manifest = None
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{target} exists, and its {MANIFEST} cannot be read ({error}), so it may be no "
+            "artifact of offramp. Delete the folder if it is one, or choose another path."
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise ArtifactError(f"{target} exists and is no artifact of offramp. Choose another path.")
+
+
+def _as_json(what: str, value: Any) -> Any:  # noqa: ANN401
+    """The value as it is read back: keys, say, become texts."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"{what} cannot be written as JSON: {error}. Give numbers, texts, lists and "
             "mappings of these."
         ) from error
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """A number or text of numpy as Python has it."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime") -> Runner:
@@ -149,11 +178,13 @@ def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime")
             "Use 'onnxruntime' or 'openvino'."
         )
     try:
-        parts = {name: _part(folder, name, manifest) for name in _names(manifest)}
+        manifest, parts = _parts(folder, manifest)
         policy = Policy.from_json(json.loads(parts[POLICY]))
         thresholds = _thresholds(policy, manifest)
         steps = zip(manifest["steps"], thresholds, strict=True)
         links = [_link_from_json(step, threshold) for step, threshold in steps]
+        if len(links) > 1:
+            check_state(policy)
         file = onnx.load_from_string(parts[MODEL])
         _check_inputs(manifest, file)
         models, call = _stages(parts, file, links), _call(manifest)
@@ -235,7 +266,7 @@ def _facts(model: MultiExitModel, staged: StagedModel, steps: Sequence[Step]) ->
 def _constants(call: Call) -> dict[str, Any]:
     """What stands in the example beside tensors, by position."""
     return {
-        str(i): leaf.item() if isinstance(leaf, np.generic) else leaf
+        str(i): _plain(leaf)
         for i, leaf in enumerate(call.leaves)
         if not isinstance(leaf, torch.Tensor | np.ndarray)
     }
@@ -364,6 +395,18 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def _parts(folder: Path, manifest: dict[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The parts that a manifest seals; and the manifest, which may be a newer one."""
+    try:
+        return manifest, {name: _part(folder, name, manifest) for name in _names(manifest)}
+    except ArtifactError:
+        newer = _manifest(folder)
+        if newer == manifest:
+            raise
+        # Another process has put a new artifact there since the manifest was read.
+        return newer, {name: _part(folder, name, newer) for name in _names(newer)}
+
+
 def _part(folder: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
     file = folder / name
     try:
@@ -391,17 +434,33 @@ def _write(target: Path, parts: Mapping[str, bytes], manifest: Mapping[str, Any]
         sums = {name: hashlib.sha256(raw).hexdigest() for name, raw in parts.items()}
         (fresh / MANIFEST).write_bytes(_sealed({**manifest, "sha256": sums}))
         fresh.chmod(0o755)
-        if target.exists():
-            old = fresh.with_suffix(".old")
-            target.rename(old)
+        for left in reversed(range(TRIES)):
             try:
-                fresh.rename(target)
-            except BaseException:
-                old.rename(target)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            fresh.rename(target)
+                _put(fresh, target)
+                break
+            except OSError as error:
+                # Others write there, too: what stood there is gone, or something new stands there.
+                if not left or error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                    raise
     finally:
         if fresh.exists():
             shutil.rmtree(fresh)
+
+
+def _put(fresh: Path, target: Path) -> None:
+    """Rename a folder to its place, and remove what stood there."""
+    if not target.exists():
+        fresh.rename(target)
+        return
+    old = fresh.with_suffix(".old")
+    target.rename(old)
+    try:
+        fresh.rename(target)
+    except BaseException:
+        try:
+            old.rename(target)
+        except OSError:
+            if target.exists():  # another writer's, and newer
+                shutil.rmtree(old, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

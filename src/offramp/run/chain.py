@@ -83,6 +83,8 @@ class Deciding(nn.Module):
         if raw.dtype != torch.float32:
             raw = raw.float()  # as a trace holds it, so that all decide alike
         logits, score, state = self.criterion(raw, tuple(values[self.live :]), self.exit)
+        if score.dtype != torch.float32:
+            score = score.float()  # a count, say: in integers 2.5 would be a threshold of 2
         own = (raw,) if self.criterion.combines else ()
         return (*own, logits, score, *state, *made)
 
@@ -133,6 +135,6 @@ def check_state(policy: Policy) -> None:
         raise PolicyError(
             f"A policy of the criterion {policy.criterion.name!r}, which carries state from exit "
             "to exit, has no thresholds: it runs no exit but the last, and these stages run all. "
-            "Give thresholds (math.inf for exits that nobody leaves at), or make a Runner with "
-            "exits='active'."
+            "Give thresholds (math.inf for exits that nobody leaves at), or keep only the exits "
+            "in use, with exits='active'."
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from offramp.run.chain import Link
-from offramp.run.engines import Array, Engine
+from offramp.run.engines import Array, Engine, tensor_of
 from offramp.run.rows import RowAxis
 from offramp.run.selection import Selector
 
@@ -54,4 +54,4 @@ class Compaction:
 
     def _tensor(self, value: Array) -> Tensor:
         """As the user's function takes it: in the memory of the processor."""
-        return torch.as_tensor(self.engine.host(value))
+        return tensor_of(self.engine.host(value))

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offramp.errors import MissingExtra, OfframpError, StageError, unknown_name
+from offramp.errors import DataError, MissingExtra, OfframpError, StageError, unknown_name
 from offramp.run.rows import RowAxis
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "Torch",
     "engine_of",
     "sent",
+    "tensor_of",
 ]
 
 Array = Any  # a torch tensor or a numpy array, by the engine
@@ -60,6 +61,11 @@ class Engine(ABC):
     @abstractmethod
     def array(self, value: Tensor | np.ndarray) -> Array:
         """The engine's own kind of array of a value, without a copy where possible."""
+
+    def check(  # noqa: B027 - most engines take all that torch takes
+        self, names: Sequence[str], values: Sequence[Tensor | np.ndarray]
+    ) -> None:
+        """Raise a DataError for inputs of a model that would be taken for something else."""
 
     def index(self, rows: np.ndarray) -> Array:
         """Rows (R,) as :meth:`take` and :meth:`scatter` want them: brought to a device once."""
@@ -109,7 +115,7 @@ class _TorchArrays(Engine):
 
     def array(self, value: Tensor | np.ndarray) -> Tensor:
         if not isinstance(value, Tensor):
-            value = torch.from_numpy(np.ascontiguousarray(value))
+            value = tensor_of(value)
         return sent(value, self.device)
 
     def wait(self, value: Tensor) -> None:
@@ -128,13 +134,21 @@ class _TorchArrays(Engine):
         return axis.take(value, index.to(value.device))
 
     def host(self, value: Tensor) -> np.ndarray:
-        return value.cpu().numpy()
+        return (value.detach() if value.requires_grad else value).cpu().numpy()
 
     def scatter(self, out: Tensor | None, value: Tensor, index: Tensor, samples: int) -> Tensor:
         if out is None:
             out = value.new_empty((samples, *value.shape[1:]))
         out[index.to(value.device)] = value
         return out
+
+
+def tensor_of(value: np.ndarray) -> Tensor:
+    """An array as a tensor, which may neither run backwards nor be read-only."""
+    # To numpy an array is contiguous whichever way it runs through a dimension of one entry.
+    if not value.flags.writeable or any(step < 0 for step in value.strides):
+        value = value.copy()
+    return torch.from_numpy(np.ascontiguousarray(value))
 
 
 def sent(value: Tensor, device: torch.device) -> Tensor:
@@ -199,16 +213,23 @@ class _NumpyArrays(Engine):
     def array(self, value: Tensor | np.ndarray) -> np.ndarray:
         if not isinstance(value, Tensor):
             return value
-        return (
-            value.detach().cpu().numpy()
-            if value.requires_grad or not value.is_cpu
-            else value.numpy()
-        )
+        try:
+            return (
+                value.detach().cpu().numpy()
+                if value.requires_grad or not value.is_cpu
+                else value.numpy()
+            )
+        except TypeError as error:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise StageError(
+                f"The engine {self.name!r} computes on arrays of numpy, which has no {kind}. Use "
+                "engine='torch', or a model in float32."
+            ) from error
 
     def take(self, value: np.ndarray, axis: RowAxis, index: np.ndarray) -> np.ndarray:
         if axis.multiple == 1:
             return np.take(value, index, axis=axis.dim)
-        return axis.take(torch.from_numpy(value), torch.from_numpy(index)).numpy()
+        return axis.take(tensor_of(value), torch.from_numpy(index)).numpy()
 
     def host(self, value: np.ndarray) -> np.ndarray:
         return value
@@ -323,10 +344,18 @@ class OnnxEngine(_NumpyArrays):
 
 def _put_aside(models: Sequence[bytes]) -> Callable[[], list[bytes]]:
     """Keep models on the disk rather than in memory, as long as what reads them is kept."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
-    for model in models:
-        file.write(model)
     sizes = [len(model) for model in models]
+    try:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+        try:
+            file.writelines(models)
+            file.flush()
+        except OSError:
+            file.close()
+            raise
+    except OSError:  # no room, or no folder that can be written to
+        held = list(models)
+        return lambda: held
 
     def read() -> list[bytes]:
         file.seek(0)
@@ -334,6 +363,13 @@ def _put_aside(models: Sequence[bytes]) -> Callable[[], list[bytes]]:
 
     weakref.finalize(read, file.close)
     return read
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not every system has it
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class OnnxRuntime(OnnxEngine):
@@ -348,7 +384,7 @@ class OnnxRuntime(OnnxEngine):
     joins = True
 
     def __init__(self, threads: int | None = None) -> None:
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or _cores()
 
     def session(self, model: bytes) -> StepCall:
         """As in :class:`OnnxEngine`."""
@@ -356,10 +392,16 @@ class OnnxRuntime(OnnxEngine):
 
     def joined_session(self, model: onnx.ModelProto) -> StepCall:
         """As in :class:`OnnxEngine`; rows are taken from maps in the layout that they have."""
-        if not any(node.op_type == "Conv" for node in model.graph.node):
-            return self.session(model.SerializeToString())
-        with tempfile.TemporaryDirectory() as folder:
-            return _Session(self._in_blocks(model.SerializeToString(), f"{folder}/model.onnx"))
+        raw = model.SerializeToString()
+        if any(node.op_type == "Conv" for node in model.graph.node):
+            try:
+                with tempfile.TemporaryDirectory() as folder:
+                    return _Session(self._in_blocks(raw, f"{folder}/model.onnx"))
+            except Exception:  # noqa: S110
+                # No room for the file, say. Nothing is lost without it: the model is loaded as it
+                # is, and if it was the model that failed, it fails here again and is told.
+                pass
+        return self.session(raw)
 
     def _in_blocks(self, model: bytes, path: str) -> Any:  # noqa: ANN401
         import onnx
@@ -369,20 +411,15 @@ class OnnxRuntime(OnnxEngine):
 
         options = self._options()
         options.optimized_model_filepath = path
-        try:
-            session = self._made(model, options)
-            optimised = onnx.load(path)
-            if not take_in_blocks(optimised):
-                return session
-            onnx.save(optimised, path)
-            del session, optimised  # not both are held in memory
-            options = self._options()
-            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-            return self._made(path, options)
-        except Exception:
-            # No room for the file, say. Nothing is lost without it: the model is loaded as it is,
-            # and if it was the model that failed, it fails here again and is told.
-            return self._made(model, self._options())
+        session = self._made(model, options)
+        optimised = onnx.load(path)
+        if not take_in_blocks(optimised):
+            return session
+        onnx.save(optimised, path)
+        del session, optimised  # not both are held in memory
+        options = self._options()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        return self._made(path, options)
 
     def _options(self) -> Any:  # noqa: ANN401
         import onnxruntime
@@ -476,7 +513,20 @@ class OpenVINO(OnnxEngine):
     def __init__(self, threads: int | None = None) -> None:
         if importlib.util.find_spec("openvino") is None:
             raise MissingExtra("openvino", "openvino", "The engine 'openvino'")
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or _cores()
+
+    def check(self, names: Sequence[str], values: Sequence[Tensor | np.ndarray]) -> None:
+        """It computes on integers in 32 bits, and would cut longer ones without a word."""
+        kept = np.iinfo(np.int32)
+        for name, value in zip(names, values, strict=True):
+            if value.dtype not in (np.int64, torch.int64) or 0 in value.shape:
+                continue
+            low, high = int(value.min()), int(value.max())
+            if low < kept.min or high > kept.max:
+                raise DataError(
+                    f"Input {name!r} has values from {low} to {high}, and OpenVINO keeps 32 bits "
+                    "of an integer. Use engine='onnxruntime'."
+                )
 
     def session(self, model: bytes) -> StepCall:
         """As in :class:`OnnxEngine`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offramp.errors import DataError
 from offramp.run.calls import Call
-from offramp.run.selection import Selector
+from offramp.run.selection import Selector, samples_of
 
 __all__ = ["check_call", "check_finite", "explain_not_finite", "flat_call"]
 
@@ -46,9 +46,14 @@ def check_call(
             known.names, given, known.tensors, selector.free, strict=True
         ):
             _check_tensor(name, value, like, free)
+        # Of other inputs there may be nothing: a graph without edges.
+        if samples_of(given, selector) == 0:
+            raise _empty(known.names[selector.batch[0]])
         return given
     for name, value, like in zip(known.names, given, known.tensors, strict=True):
         _check_tensor(name, value, like)
+        if len(value) == 0:
+            raise _empty(name)
     if len(given) > 1 and len({len(value) for value in given}) != 1:
         shapes = ", ".join(f"{n}={_show(v.shape)}" for n, v in zip(known.names, given, strict=True))
         raise DataError(
@@ -126,8 +131,10 @@ def _check_tensor(
             f"Input {name!r}: expected {expected} of shape {_show(shape)}, got {dtype} of shape "
             f"{_show(value.shape)}. Convert it, or make the runner with an example of this kind."
         )
-    if any(value.shape[d] == 0 for d in free):
-        raise DataError(f"Input {name!r} is an empty batch; pass at least one row.")
+
+
+def _empty(name: str) -> DataError:
+    return DataError(f"Input {name!r} is an empty batch; pass at least one row.")
 
 
 def _show(shape: Sequence[object]) -> str:

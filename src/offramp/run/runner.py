@@ -24,12 +24,12 @@ from offramp.build.cost import ExitCosts
 from offramp.build.model import ExitOutputs, MultiExitModel
 from offramp.decide.criteria import criterion_to_json
 from offramp.decide.policy import Policy
-from offramp.errors import PolicyError
+from offramp.errors import EqualityError, PolicyError
 from offramp.run.answers import Answer, Result, as_tensors
 from offramp.run.calls import Call
 from offramp.run.chain import Link, chain, check_state
 from offramp.run.compaction import Compaction
-from offramp.run.engines import Array, Engine, StepCall, StepCalls, engine_of
+from offramp.run.engines import Array, Engine, StepCall, StepCalls, engine_of, tensor_of
 from offramp.run.inputs import check_call, check_finite, explain_not_finite, flat_call
 from offramp.run.proof import prove
 from offramp.run.rows import RowAxis, most_rows
@@ -84,26 +84,35 @@ class Runner:
         staged = cut_for(engine, model, example, kept)
         steps = chain(staged, policy, model.num_exits)
         links = [step.link for step in steps]
-        if engine == "auto":
-            names = ("torch", "onnxruntime", "openvino")
-            loaded, calls = fastest(
-                names, lambda tried: tried.load(steps), links, staged.call, staged.selector
+        names = ["torch", "onnxruntime", "openvino"]
+        while True:
+            if engine == "auto":
+                loaded, calls = fastest(
+                    names, lambda tried: tried.load(steps), links, staged.call, staged.selector
+                )
+            else:
+                loaded = engine_of(engine)
+                calls = loaded.load(steps)
+            self._set_up(
+                loaded,
+                links,
+                calls,
+                policy,
+                model.costs,
+                model.places,
+                staged.call,
+                staged.row_bytes,
+                staged.selector,
             )
-        else:
-            loaded = engine_of(engine)
-            calls = loaded.load(steps)
-        self._set_up(
-            loaded,
-            links,
-            calls,
-            policy,
-            model.costs,
-            model.places,
-            staged.call,
-            staged.row_bytes,
-            staged.selector,
-        )
-        prove(self, model, staged)
+            try:
+                prove(self, model, staged)
+            except EqualityError:
+                # It may be the engine's doing, in half precision say.
+                if engine != "auto" or loaded.exact:
+                    raise
+                names.remove(loaded.name)
+            else:
+                break
         self.measure()
 
     @classmethod
@@ -137,6 +146,7 @@ class Runner:
         row_bytes: float,
         selector: Selector | None,
     ) -> None:
+        engine.check(call.names, call.tensors)
         self.engine = engine
         self.policy = policy
         self.costs = costs
@@ -275,7 +285,7 @@ class Runner:
 
         Raises:
             DataError: another structure, dtype or shape than the example; an empty batch; inputs
-                that are not finite.
+                that are not finite, or integers that the engine would cut.
         """
         if self._seen is not None and len(args) == 1 and deadline_ms is None and not kwargs:
             answer = self._like_the_last(args[0])
@@ -306,7 +316,7 @@ class Runner:
     ) -> Result:
         whole = self._whole if self.in_one_call and deadline_ms is None else None
         if whole is None or self._looks:
-            check_finite(given, self.call)
+            self._check(given)
         inputs = [self.engine.array(value) for value in given]
         if whole is not None and len(inputs[0]) == 1:
             exit, found = whole.single(inputs)
@@ -322,6 +332,7 @@ class Runner:
             said = self._stepwise(inputs)
         else:
             said = self._execute(inputs, partial(self._leaving_by, begin + deadline_ms / 1e3))
+        said.own(inputs)
         if not said.finite:
             if whole is not None:
                 check_finite(given, self.call)
@@ -348,9 +359,11 @@ class Runner:
 
     def _in_pieces(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
         """A batch that would not fit into memory, as several."""
-        check_finite(given, self.call)  # of the whole batch, before any of it is answered
+        self._check(given)  # of the whole batch, before any of it is answered
         arrays = isinstance(given[0], np.ndarray)
-        tensors = [] if self._selector is None else [torch.as_tensor(value) for value in given]
+        tensors = []
+        if self._selector is not None:
+            tensors = [tensor_of(v) if isinstance(v, np.ndarray) else v for v in given]
         pieces = []
         for rows in torch.arange(samples_of(given, self._selector)).split(self.max_batch):
             first = int(rows[0])
@@ -373,7 +386,7 @@ class Runner:
             DataError: as for a call.
         """
         given = self._given(args, kwargs)
-        check_finite(given, self.call)
+        self._check(given)
         values = dict(zip(self._inputs, map(self.engine.array, given), strict=True))
         rows = np.arange(samples_of(given, self._selector))
         for link, call in zip(self._links, self._calls, strict=True):
@@ -381,6 +394,7 @@ class Runner:
             values.update(zip(link.outputs, outputs, strict=True))
             answer = Answer(self.engine, np.zeros(len(rows), np.int64))
             answer.add(link.exit, rows, values["logits"], values["score"])
+            answer.own()  # later exits may read what is handed out here
             _look(answer, given)
             yield answer.result(given[0])
 
@@ -397,11 +411,13 @@ class Runner:
             )
         own = "raw" if self.policy.criterion.combines else "logits"
         given = self._given(args, kwargs)
-        check_finite(given, self.call)
+        self._check(given)
         logits: list[Tensor] = []
 
         def keep(position: int, values: dict[str, Array]) -> np.ndarray:
-            logits.append(torch.as_tensor(values[own]))
+            value = values[own]
+            # As an answer: not in inference mode, and nobody else's.
+            logits.append(value.detach().clone() if isinstance(value, Tensor) else tensor_of(value))
             return np.zeros(len(values["score"]), bool)
 
         self._execute([self.engine.array(value) for value in given], keep)
@@ -417,6 +433,11 @@ class Runner:
         checked = check_call(args, kwargs, self.call, self._selector)
         self._checked = kind
         return checked
+
+    def _check(self, given: Sequence[Any]) -> None:
+        """Refuse values that would not be answered as they should be."""
+        check_finite(given, self.call)
+        self.engine.check(self.call.names, given)
 
     def _leaving(self, position: int, values: dict[str, Array]) -> np.ndarray:
         if position + 1 == len(self._links):  # all that are left; no need to wait for scores

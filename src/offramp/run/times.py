@@ -135,13 +135,14 @@ def fastest(
     for name in names:
         try:
             engine = engine_of(name)
+            engine.check(call.names, call.tensors)
             calls = load(engine)
+            compact = Compaction(engine, links[0].inputs, selector)
+            times = StageTimes.measure(engine, links, calls, call, compact, batch)
         except OfframpError as error:
             _log.info("engine %s passed over: %s", name, error)
             reason = error
             continue
-        compact = Compaction(engine, links[0].inputs, selector)
-        times = StageTimes.measure(engine, links, calls, call, compact, batch)
         seconds = sum(line.at(batch) for line in times.stages)
         _log.info("engine %s: %.3f ms for a batch of %d", name, 1e3 * seconds, batch)
         found.append((seconds, engine, calls))
