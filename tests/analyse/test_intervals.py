@@ -105,6 +105,20 @@ def test_bootstrap_of_a_function_of_means_keeps_rows_together():
     assert bootstrap(rows, lambda means: means[:, 1] / means[:, 0]) == pytest.approx((2, 2))
 
 
+def test_bootstrap_of_one_value_is_that_value():
+    for samples, value in ((10_000, 124_567 / 1_111_110), (7, 0.1)):
+        assert bootstrap(np.full(samples, value)) == (value, value)
+        assert bootstrap(np.full((samples, 2), value), lambda means: means[:, 1]) == (value, value)
+
+
+def test_bootstrap_holds_what_the_samples_give():
+    values = np.random.default_rng(0).normal(size=40)
+    for seed in range(20):
+        low, high = bootstrap(values, resamples=1, seed=seed)
+        assert low <= values.mean() + 1e-15
+        assert values.mean() - 1e-15 <= high
+
+
 def test_bootstrap_repeats_by_seed():
     values = np.arange(30.0)
     assert bootstrap(values, seed=4) == bootstrap(values, seed=4) != bootstrap(values, seed=5)

@@ -18,7 +18,7 @@ def by_hand(right, exit, answered):
         counts["destructive"] += early and not end
         counts["rescued"] += early and not end and answered[n]
         counts["lost"] += end and not answered[n]
-        counts["wasteful"] += any(right[k, n] for k in range(exits) if k < exit[n])
+        counts["wasteful"] += answered[n] and any(right[k, n] for k in range(exits) if k < exit[n])
         counts["wasteful_full"] += early and end
         counts["oracle_accuracy"] += early or end
     return {name: count / samples for name, count in counts.items()}
@@ -42,6 +42,12 @@ def test_accuracy_is_that_of_the_end_plus_rescued_less_lost():
     answered = right[exit, np.arange(200)]
     found = overthinking(*map(torch.from_numpy, (right, exit, answered)))
     assert answered.mean() == pytest.approx(right[-1].mean() + found.rescued - found.lost)
+
+
+def test_never_leaving_wastes_what_the_full_network_does():
+    right = torch.from_numpy(np.random.default_rng(2).random((3, 200)) < 0.5)
+    found = overthinking(right, torch.full((200,), 2), right[-1])
+    assert found.wasteful == found.wasteful_full > 0
 
 
 def test_shapes_that_do_not_fit():

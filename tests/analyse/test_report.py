@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 from offramp.analyse import evaluate
 from offramp.analyse.plot import picture
 from offramp.decide import Policy
+from offramp.decide.fitting import fit_ensemble
 from offramp.decide.policy import replay
 from offramp.decide.trace import Trace
 from offramp.errors import DataError, PolicyError
@@ -121,6 +122,18 @@ def test_calibrated_on_the_same_trace_warns():
         evaluate(make_trace(seed=1), policy)
 
 
+def test_a_criterion_fitted_on_some_of_the_samples_warns():
+    trace = make_trace()
+    fitting, rest = trace.split(0.3)
+    policy = Policy(fit_ensemble(fitting), [0.9] * 3)
+    with pytest.warns(UserWarning, match="'geometric' was fitted on 90 of these 300 samples"):
+        found = evaluate(trace, policy)
+    assert "was fitted on 90" in str(found)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(rest, policy)
+
+
 def test_training_data_warns():
     trace = make_trace()
     seen = Trace(trace.logits, trace.labels, trace.stage_costs, trace.head_costs, source="training")
@@ -171,6 +184,34 @@ def test_html_escapes_names():
     html = evaluate(odd, POLICY).to_html()
     assert "<b>" not in html
     assert "&lt;b&gt;" in html
+
+
+def test_all_leave_at_one_exit():
+    logits = torch.randn(2, 10_000, 2, generator=torch.Generator().manual_seed(0))
+    labels = torch.zeros(10_000, dtype=torch.long)
+    costs = torch.tensor([123_456.0, 987_654.0]), torch.tensor([1111.0, 0.0])
+    found = evaluate(Trace(logits, labels, *costs), Policy("confidence", [0.0]))
+    assert found.cost_interval == (found.cost_ratio, found.cost_ratio)
+    assert found.early.cost == found.truncations[0].cost == 124_567.0
+    assert "not shown to do worse" in found.verdict.text
+    assert "data:image/png" in found.to_html()
+
+
+def test_a_loss_of_just_what_is_acceptable_is_accepted():
+    logits = torch.tensor([[3.0, 0.0]]).repeat(2, 100, 1)
+    logits[0, 0] = torch.tensor([0.0, 3.0])
+    found = evaluate(
+        Trace(logits, None, torch.ones(2), torch.zeros(2)), Policy(nats=[9.0], criterion="entropy")
+    )
+    assert found.difference[0] == -0.01
+    assert "greater loss" not in found.verdict.text
+
+
+def test_the_shares_of_overthinking_are_of_all_samples(report):
+    thinking = report.overthinking
+    text = " ".join(str(report).split())
+    assert f"rescued {100 * thinking.rescued:.2f} % (destructive, but answered right)" in text
+    assert "of which" not in text
 
 
 def test_one_sample_is_enough():

@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 import offramp
+from offramp.decide.monitor import Monitor
+from offramp.decide.policy import replay
 from offramp.errors import Infeasible, TraceError
 from offramp.zoo.branchynet import b_alexnet, b_lenet, b_resnet, screen, screen_all
 from tests.traces import make_trace
@@ -105,10 +107,27 @@ def test_the_cheapest_that_loses_little_is_chosen():
     full = float((trace.logits[-1].argmax(1) == trace.labels).double().mean())
     policy = screen(trace, max_accuracy_drop=0.05, grid=grid)
     allowed = [r for r in screen_all(trace, grid) if r.accuracy >= full - 0.05]
-    assert policy.provenance["achieved"]["cost"] == min(r.cost for r in allowed)
+    cheapest = min(allowed, key=lambda r: (r.cost, -r.accuracy))
+    achieved = policy.provenance["achieved"]
+    assert achieved["cost_ratio"] == pytest.approx(cheapest.cost)
+    assert achieved["cost"] == pytest.approx(cheapest.cost * trace.full_cost)
+    assert achieved["accuracy"] == pytest.approx(cheapest.accuracy)
+    assert achieved["shares"] == pytest.approx(list(cheapest.shares))
     assert tuple(-t for t in policy.thresholds) in {r.nats for r in allowed}
     assert offramp.Policy.from_json(policy.to_json()).thresholds == policy.thresholds
     assert "screened on 200 samples" in policy.describe()
+
+
+def test_what_is_screened_is_known_again_and_watched():
+    trace = make_trace(samples=200)
+    policy = screen(trace, max_accuracy_drop=0.05, grid=(0.01, 0.3, 1.5))
+    assert policy.provenance["method"] == "screening"
+    assert policy.provenance["combinations"] == 27
+    with pytest.warns(UserWarning, match="calibrated on this very trace"):
+        offramp.evaluate(trace, policy)
+    decided = replay(trace, policy)
+    watch = Monitor(policy).observe(decided.score, decided.exit)
+    assert watch.shares == pytest.approx(watch.expected)
 
 
 def test_screening_says_what_it_cannot_do():

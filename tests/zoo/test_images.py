@@ -12,13 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+import offramp
 from offramp.build.batch import fingerprints, unpack
 from offramp.cli.app import main
 from offramp.errors import DataError, TrainingError
 from offramp.zoo.images import Batches, Images, open_images, read_idx, read_tar
-from offramp.zoo.running import train
+from offramp.zoo.running import judge, train
 from offramp.zoo.systems import SYSTEMS, system
 from offramp.zoo.text import TEXT
+from tests.traces import make_trace
 
 
 def idx(values):
@@ -83,21 +85,51 @@ def test_one_of_two_files_may_be_compressed(tmp_path):
     assert len(open_images("mnist", tmp_path).test[1]) == 12
 
 
-def test_images_of_an_archive_get_the_number_of_their_class(tmp_path):
-    path = tmp_path / "tiny-imagenet-20.tar"
+def write_tar(path):
     with tarfile.open(path, "w") as archive:
         for part in ("train", "val"):
             for k, name in enumerate(("ant", "bee")):
-                buffer = io.BytesIO()
-                Image.new("RGB", (8, 8), (200 * k, 0, 0)).save(buffer, "JPEG")
-                member = tarfile.TarInfo(f"root/{part}/{name}/0.JPEG")
-                member.size = buffer.tell()
-                buffer.seek(0)
-                archive.addfile(member, buffer)
+                for number in range(2):
+                    buffer = io.BytesIO()
+                    Image.new("RGB", (8, 8), (200 * k, 0, 0)).save(buffer, "JPEG")
+                    member = tarfile.TarInfo(f"root/{part}/{name}/{number}.JPEG")
+                    member.size = buffer.tell()
+                    buffer.seek(0)
+                    archive.addfile(member, buffer)
+    return path
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_images_of_an_archive_get_the_number_of_their_class(tmp_path, packed):
+    path = write_tar(tmp_path / "tiny-imagenet-20.tar")
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
     for x, y in read_tar(path):
-        assert x.shape == (2, 3, 8, 8)
-        assert y.tolist() == [0, 1]
-        assert (x[:, 0].float().mean((1, 2)) > 100).tolist() == [False, True]
+        assert x.shape == (4, 3, 8, 8)
+        assert y.tolist() == [0, 0, 1, 1]
+        assert (x[:, 0].float().mean((1, 2)) > 100).tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("damage", ["header", "between files", "in a header", "in a file"])
+def test_an_archive_that_is_cut_off_or_damaged_is_not_a_shorter_one(tmp_path, damage, packed):
+    path = write_tar(tmp_path / "x.tar")
+    with tarfile.open(path) as archive:
+        last = archive.getmembers()[-1].offset
+    raw = path.read_bytes()
+    cut = {"between files": last, "in a header": last + 100, "in a file": last + 600}.get(damage)
+    raw = raw[:cut] if cut else raw[:last] + b"x" * 512 + raw[last + 512 :]
+    path.write_bytes(gzip.compress(raw) if packed else raw)
+    with pytest.raises(DataError, match=r"x\.tar cannot be read as an archive of images"):
+        read_tar(path)
+
+
+def test_a_compressed_archive_that_is_cut_off_is_named(tmp_path):
+    path = write_tar(tmp_path / "x.tar")
+    packed = gzip.compress(path.read_bytes())
+    path.write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match=r"x\.tar cannot be read as an archive of images"):
+        read_tar(path)
 
 
 def test_shifted_images_are_windows_of_the_image():
@@ -136,6 +168,8 @@ def test_the_command_trains_and_takes_up_what_it_kept(tmp_path, capsys):
     words += ["--max-accuracy-drop", "1", "--epochs"]
     assert run_main([*words, "1"]) == 0
     first = capsys.readouterr().out
+    assert (out / "report.json").read_text("utf-8") == first
+    assert "a greater loss" not in json.loads(first)["verdict"]  # a drop of 1 was asked for
     checkpoint, weights = out / "training.safetensors", out / "model.safetensors"
     before = checkpoint.stat().st_mtime_ns, weights.read_bytes()
     assert run_main([*words, "1"]) == 0
@@ -143,6 +177,15 @@ def test_the_command_trains_and_takes_up_what_it_kept(tmp_path, capsys):
     assert (checkpoint.stat().st_mtime_ns, weights.read_bytes()) == before
     assert run_main([*words, "2"]) != 0  # not answered by the shorter training
     assert "another training" in capsys.readouterr().err
+
+
+def test_a_drop_that_was_asked_for_is_no_reason_not_to_bother(tmp_path):
+    trace, policy = make_trace(), offramp.Policy("confidence", [0.5, 0.5, 0.5])
+    strict, lax = (judge(trace, policy, tmp_path / "out", drop, seed=0) for drop in (0.0, 0.9))
+    assert strict == offramp.evaluate(trace, policy)
+    assert "a greater loss than the 1.0 points" in strict.verdict.text
+    assert "a greater loss" not in lax.verdict.text
+    assert json.loads((tmp_path / "out" / "report.json").read_text("utf-8")) == lax.to_dict()
 
 
 def test_a_training_is_not_taken_for_one_on_other_images(tmp_path):

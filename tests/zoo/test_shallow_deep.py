@@ -202,6 +202,10 @@ def test_confusion_says_what_it_cannot_do():
     same = Trace(torch.ones(3, 5, 2), None, torch.ones(3), torch.zeros(3))
     with pytest.raises(TraceError, match="disagree by 0 on each of the 5 reference"):
         confusion(same, same)
+    alike = Trace(trace.logits[:, :1].repeat(1, 7, 1), None, trace.stage_costs, trace.head_costs)
+    assert float(disagreement(alike).std(correction=0)) > 0  # by rounding alone
+    with pytest.raises(TraceError, match="on each of the 7 reference"):
+        confusion(trace, alike)
 
 
 def test_what_is_no_network_is_refused():

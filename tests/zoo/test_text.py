@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import offramp
 from offramp.cli import main
 from offramp.decide.policy import replay
-from offramp.errors import DataError, PlaceError
+from offramp.errors import DataError, PlaceError, TrainingError
 from offramp.run.artifact import export, load
 from offramp.run.runner import Runner
 from offramp.zoo.text import (
@@ -24,6 +25,7 @@ from offramp.zoo.text import (
     open_encoder,
     open_sentences,
     read_tsv,
+    run_text,
     tokenised,
     truncated,
 )
@@ -149,6 +151,9 @@ def test_files_that_are_not_as_expected(tmp_path: Path, content: str, words: str
         read_tsv(path)
     with pytest.raises(DataError, match="There is no file"):
         read_tsv(tmp_path / "none.tsv")
+    path.write_bytes("très bon\t1\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"some\.tsv is not UTF-8"):
+        read_tsv(path)
 
 
 def run_main(words: list[str]) -> Any:
@@ -189,9 +194,18 @@ def test_a_system_is_run_from_files(
     data, network, out = written(tmp_path / "data"), saved(tmp_path / "bert"), tmp_path / "out"
     words = ["zoo", "run", name, "--data", str(data), "--encoder", str(network), "--out", str(out)]
     words += ["--epochs", "1", "--max-accuracy-drop", "0.5", "--json"]
+    tolerances = []
+
+    def judged(*given: Any, **settings: Any) -> offramp.Report:
+        tolerances.append(settings["tolerance"])
+        return offramp.evaluate(*given, **settings)
+
+    monkeypatch.setattr("offramp.zoo.running.evaluate", judged)
     assert run_main(words) == 0
     first = capsys.readouterr().out
     assert (out / "policy.json").is_file()
+    assert (out / "report.json").read_text("utf-8") == first
+    assert tolerances == [0.5]  # the verdict accepts the drop that was asked for
     assert (out / "plain" / "training.safetensors").is_file() is TEXT[name].tuned
     if TEXT[name].tuned:  # the second stage learns heads alone
         first_stage, second = (load_file(p / "training.safetensors") for p in (out / "plain", out))
@@ -204,6 +218,38 @@ def test_a_system_is_run_from_files(
     words[2] = other  # another training in the same folder
     assert run_main(words) != 0
     assert "training" in capsys.readouterr().err
+
+
+def test_a_training_is_not_taken_for_one_on_other_sentences_or_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offramp.zoo.text.running.LENGTH", 16)
+    data, network, out = written(tmp_path / "data"), saved(tmp_path / "bert"), tmp_path / "out"
+
+    def run(seed: int = 0) -> None:
+        settings: dict[str, Any] = {"epochs": 1, "max_accuracy_drop": 0.5, "progress": False}
+        run_text(TEXT["deebert"], data, network, out, seed=seed, **settings)
+
+    run()
+    with pytest.raises(TrainingError, match="another training: seed was"):
+        run(seed=1)
+    train = data / "films_train.tsv"
+    before = train.read_text("utf-8")
+    train.write_text(before.replace("film", "very", 1), "utf-8")
+    refused = r"holds another training: sentences \(sha256\)"
+    with pytest.raises(TrainingError, match=f"plain {refused}"):
+        run()
+    (out / "plain" / "training.safetensors").unlink()  # the second stage has a note of its own
+    with pytest.raises(TrainingError, match=f"out {refused}"):
+        run()
+    shutil.rmtree(out)
+    train.write_text(before, "utf-8")
+    run()
+    weights = load_file(network / "model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][0, 0] += 1
+    save_file(weights, network / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingError, match=r"holds another training: encoder \(sha256\)"):
+        run()
 
 
 def test_what_is_lost_is_measured_on_the_samples_that_choose() -> None:

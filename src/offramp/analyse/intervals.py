@@ -116,7 +116,7 @@ def bootstrap(
         seed: of the draws.
 
     Returns:
-        Lower and upper end.
+        Lower and upper end; what the samples themselves give lies between them.
 
     Raises:
         DataError: no samples, or a level outside (0, 1).
@@ -127,12 +127,17 @@ def bootstrap(
         raise DataError("A bootstrap needs at least one sample, got none.")
     rows = rows.reshape(len(rows), -1)
     distinct, counts = np.unique(rows, axis=0, return_counts=True)
-    draws = np.random.default_rng(seed).multinomial(len(rows), counts / len(rows), size=resamples)
-    means = draws @ distinct / len(rows)
+    shares = counts / len(rows)
+    draws = np.random.default_rng(seed).multinomial(len(rows), shares, size=resamples)
+    own = shares[None] @ distinct
+    # One distinct row is its own mean; summed and divided, it would be another in its last bits.
+    means = draws @ distinct / len(rows) if len(distinct) > 1 else own
+    means = np.concatenate([means, own])
     results = means[:, 0] if statistic is None else statistic(means)
+    point = float(results[-1])
     tail = (1 - level) / 2
-    lower, upper = np.quantile(results, [tail, 1 - tail])
-    return float(lower), float(upper)
+    lower, upper = np.quantile(results[:-1], [tail, 1 - tail])
+    return min(float(lower), point), max(float(upper), point)
 
 
 def _quantile(level: float) -> float:

@@ -21,8 +21,9 @@ class Overthinking:
         lost: the end is right and the policy's answer is wrong, the price of leaving early. The
             accuracy of the policy is that of the end, plus ``rescued``, less ``lost``, where every
             answer is that of one exit; an ensemble or a vote may be right where no exit is.
-        wasteful: an exit before the one that the policy took was right already.
-        wasteful_full: the end is right, and so was an earlier exit: what the whole network wastes.
+        wasteful: the policy's answer is right, and so was an exit before the one that it took.
+        wasteful_full: the end is right, and so was an earlier exit: what the whole network wastes,
+            which is ``wasteful`` where nothing leaves early.
         oracle_accuracy: some exit is right: what a perfect choice of exits would reach.
     """
 
@@ -66,7 +67,7 @@ def overthinking(right: Tensor, exit: Tensor, answered: Tensor) -> Overthinking:
         destructive=share(destructive),
         rescued=share(destructive & answered),
         lost=share(end & ~answered),
-        wasteful=share(waited),
+        wasteful=share(waited & answered),
         wasteful_full=share(early & end),
         oracle_accuracy=share(right.any(dim=0)),
     )

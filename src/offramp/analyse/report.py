@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from offramp.analyse import baselines
@@ -222,8 +223,8 @@ def evaluate(
         DataError: a tolerance outside [0, 1], or fewer than one resample.
 
     Warns:
-        UserWarning: the policy was calibrated on this very trace, or the trace holds training
-            data, so that the numbers flatter it.
+        UserWarning: the policy was calibrated on this very trace, its criterion was fitted on some
+            of these samples, or the trace holds training data, so that the numbers flatter it.
     """
     if not 0 <= tolerance <= 1 or resamples < 1:
         raise DataError(
@@ -235,11 +236,14 @@ def evaluate(
     labels = trace.labels
     reference = predicted[-1] if labels is None else labels
     right, answered = predicted == reference, decisions.prediction == reference
-    mean_cost = float(decisions.cost.mean())
+    # By shares: where all leave at one exit, the mean is that exit's cost to the last bit.
+    shares = torch.bincount(decisions.exit, minlength=trace.num_exits).double() / trace.num_samples
+    mean_cost = float(shares @ trace.exit_costs(policy.active(trace.num_exits)))
     ratio = mean_cost / trace.full_cost
-    ratio_interval = bootstrap(
+    low, high = bootstrap(
         decisions.cost.numpy() / trace.full_cost, level=LEVEL, resamples=resamples, seed=seed
     )
+    ratio_interval = (min(low, ratio), max(high, ratio))  # the two means are rounded differently
     difference = _difference(right[-1], answered, labels is not None)
     cuts = baselines.truncations(trace, right, answered, LEVEL)
     random = baselines.random_exit(trace, right, answered, decisions.exit, mean_cost, LEVEL, seed)
@@ -287,7 +291,7 @@ def _difference(full: Tensor, early: Tensor, labelled: bool) -> tuple[float, Int
     if not labelled:  # the full network is right by definition: one share, nothing to pair
         agreed = int(early.sum())
         lower, upper = wilson(agreed, samples, LEVEL)
-        return agreed / samples - 1, (lower - 1, upper - 1)
+        return (agreed - samples) / samples, (lower - 1, upper - 1)
     gained, lost = int((early & ~full).sum()), int((full & ~early).sum())
     return (gained - lost) / samples, paired_difference(gained, lost, samples, LEVEL)
 
@@ -324,6 +328,13 @@ def _notes(trace: Trace, policy: Policy) -> tuple[str, ...]:
         notes.append(
             "The policy was calibrated on this very trace, so these numbers flatter it: "
             "evaluate on samples that calibration did not see."
+        )
+    shared = max((samples.overlap(trace) for samples in policy.criterion.fitted_on), default=0)
+    if shared:
+        notes.append(
+            f"The criterion {policy.criterion.name!r} was fitted on {shared} of these "
+            f"{trace.num_samples} samples, so these numbers flatter it: evaluate on samples that "
+            "fitting did not see."
         )
     if trace.source == "training":
         notes.append(

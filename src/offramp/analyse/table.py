@@ -113,11 +113,12 @@ def facts(report: Report) -> list[tuple[str, str]]:
         found.append(
             (
                 "Overthinking",
-                f"destructive {_percent(thinking.destructive)} % (an earlier exit is right, the "
-                f"end wrong), of which rescued {_percent(thinking.rescued)} %; lost by leaving "
-                f"early {_percent(thinking.lost)} %; wasteful {_percent(thinking.wasteful)} % "
-                f"(right early, went on; full network {_percent(thinking.wasteful_full)} %); some "
-                f"exit is right {_percent(thinking.oracle_accuracy)} %",
+                f"of all samples, destructive {_percent(thinking.destructive)} % (an earlier exit "
+                f"is right, the end wrong); rescued {_percent(thinking.rescued)} % (destructive, "
+                f"but answered right); lost by leaving early {_percent(thinking.lost)} %; wasteful "
+                f"{_percent(thinking.wasteful)} % (right early, went on to a right answer; full "
+                f"network {_percent(thinking.wasteful_full)} %); some exit is right "
+                f"{_percent(thinking.oracle_accuracy)} %",
             )
         )
     if "agreement" in report.measured:

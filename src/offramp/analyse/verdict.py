@@ -51,6 +51,13 @@ def verdict(
         f"{100 * difference:+.1f} points of {measure} "
         f"({100 * difference_interval[0]:+.1f} to {100 * difference_interval[1]:+.1f})"
     )
+    if cost_interval[0] > 1:
+        more = f"{_percent(cost_interval[0] - 1)} to {_percent(cost_interval[1] - 1)}"
+        return Verdict(
+            False,
+            f"Do not bother: it costs {_percent(cost_ratio - 1)} more than the full network "
+            f"(95 % interval {more}), since the heads cost more than leaving early saves.",
+        )
     if cost_interval[1] >= 1:
         return Verdict(
             False,
@@ -68,14 +75,16 @@ def verdict(
         return Verdict(
             False,
             f"Do not bother: it saves {saving}, but cutting the network off where {served.name} "
-            f"serves as well ({measure} {_percent(served.accuracy)} at "
-            f"{_percent(served.cost / cost)} of this policy's cost), and is simpler.",
+            f"is not shown to do worse on these samples ({measure} {_percent(served.accuracy)} at "
+            f"{_percent(served.cost / cost)} of this policy's cost; {_lead(served)}), and is "
+            f"simpler.",
         )
     if random.lead[1][0] <= 0:
         return Verdict(
             False,
             f"Do not bother with this criterion: it saves {saving} at {change}, but letting the "
-            f"same shares leave at random does as well ({measure} {_percent(random.accuracy)}).",
+            f"same shares leave at random is not shown to do worse on these samples ({measure} "
+            f"{_percent(random.accuracy)}; {_lead(random)}).",
         )
     text = f"Worth it: it saves {saving} ({within}) at {change}."
     if difference_interval[0] < -tolerance:
@@ -108,9 +117,14 @@ def with_time(judged: Verdict, time: Mapping[str, Any]) -> Verdict:
 
 
 def _as_well(cost: float, truncations: Sequence[Baseline]) -> Baseline | None:
-    """The best truncation that costs no more and is not surely worse."""
+    """The best truncation that costs no more and is not shown to be worse."""
     fits = [cut for cut in truncations if cut.cost <= cost and cut.lead[1][0] <= 0]
     return max(fits, key=lambda cut: (cut.accuracy, -cut.cost), default=None)
+
+
+def _lead(other: Baseline) -> str:
+    lead, (low, high) = other.lead
+    return f"the policy leads by {100 * lead:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f}"
 
 
 def _percent(share: float) -> str:

@@ -153,7 +153,8 @@ def read_tar(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     names.
 
     Raises:
-        DataError: the archive cannot be read, lacks a part, or its images differ in size.
+        DataError: the archive cannot be read or is cut off, lacks a part, or its images differ in
+            size.
     """
     from PIL import Image
 
@@ -169,6 +170,7 @@ def read_tar(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
                     continue
                 pixels = np.array(Image.open(io.BytesIO(content.read())).convert("RGB"))
                 found[part].append((place.parts[-2], torch.from_numpy(pixels)))
+            _refuse_cut(archive)
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise DataError(f"{path} cannot be read as an archive of images: {error}") from error
     empty = [part for part, rows in found.items() if not rows]
@@ -180,6 +182,22 @@ def read_tar(path: Path) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         )
     names = sorted({label for label, _ in found["train"]})
     return _stacked(found["train"], names), _stacked(found["test"], names)
+
+
+def _refuse_cut(archive: tarfile.TarFile) -> None:
+    """Refuse an archive that has been walked and did not end with its mark, a block of zeros.
+
+    At a damaged header that is not the first, tarfile ends as if there were no more.
+    """
+    file = archive.fileobj
+    if file is None:
+        return
+    file.seek(archive.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(
+            f"at byte {archive.offset} there is neither a file nor the end of the archive. It is "
+            "cut off or damaged; fetch it again."
+        )
 
 
 def _stacked(rows: list[tuple[str, Tensor]], names: list[str]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from offramp.train.schemes import Scheme
 from offramp.zoo.images import Batches, Images, open_images
 from offramp.zoo.recipe import Recipe
 
-__all__ = ["Outcome", "plain_phases", "remember", "run", "train"]
+__all__ = ["Outcome", "digest", "judge", "note", "plain_phases", "remember", "run", "train"]
+
+TOLERANCE = 0.01  # a loss of accuracy that the verdict accepts in any case, as a share
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ def run(
         out: folder for checkpoint, weights, policy and report.
         epochs: instead of the recipe's.
         seed: of weights, shuffling and the draw of the calibration samples.
-        max_accuracy_drop: what the thresholds may cost on the calibration samples, as a share.
+        max_accuracy_drop: what the thresholds may cost on the calibration samples, as a share; the
+            verdict accepts as much, and no less than 0.01.
         progress: show a bar on standard error.
 
     Raises:
@@ -88,7 +91,7 @@ def run(
     ]
     policy = recipe.choose(traces[0], max_accuracy_drop)
     policy.save(out / "policy.json")
-    report = evaluate(traces[1], policy, seed=seed)
+    report = judge(traces[1], policy, out, max_accuracy_drop, seed)
     return Outcome(model, policy, traces[0], traces[1], report)
 
 
@@ -156,24 +159,34 @@ def remember(model: MultiExitModel, batches: Iterable[Any]) -> None:
 
 def _note(recipe: Recipe, images: Images, out: Path) -> None:
     """Keep what a training is made of that its checkpoint does not know, and compare it."""
-    x, y = images.train
-    digest = hashlib.sha256(x.contiguous().numpy().data)
-    digest.update(y.contiguous().numpy().data)
-    now = {
-        "recipe": recipe.name,
-        "training images (sha256)": digest.hexdigest(),
-        "batch": recipe.batch,
-        "pad": recipe.pad,
-        "flip": recipe.flip,
-    }
-    path = out / "recipe.json"
-    begun, weights = (out / FILE_NAME).is_file(), out / "model.safetensors"
-    if weights.is_file() and not begun:
+    weights = out / "model.safetensors"
+    if weights.is_file() and not (out / FILE_NAME).is_file():
         raise TrainingError(
             f"{weights} is there without {FILE_NAME}, the checkpoint that says how it was trained. "
             "Choose another folder, or move it away to train anew."
         )
-    if begun and path.is_file():
+    now = {
+        "recipe": recipe.name,
+        "training images (sha256)": digest(images.train),
+        "batch": recipe.batch,
+        "pad": recipe.pad,
+        "flip": recipe.flip,
+    }
+    note(out, now)
+
+
+def note(out: Path, now: Mapping[str, object]) -> None:
+    """Keep what a training is made of beside its checkpoint; refuse one that is made of other.
+
+    Args:
+        out: folder of the checkpoint.
+        now: names and values that JSON can hold; those that are not named are not compared.
+
+    Raises:
+        TrainingError: the training that ``out`` holds differs in one of them.
+    """
+    path, kept = out / "recipe.json", dict(now)
+    if (out / FILE_NAME).is_file() and path.is_file():
         before = json.loads(path.read_text("utf-8"))
         different = [name for name in now if before.get(name) != now[name]]
         if different:
@@ -182,9 +195,31 @@ def _note(recipe: Recipe, images: Images, out: Path) -> None:
                 f"{out} holds another training: {name} was {before.get(name)} and is now "
                 f"{now[name]}. Choose another folder, or remove this one to train anew."
             )
-    out.mkdir(parents=True, exist_ok=True)
+        kept = {**before, **kept}
+    _write(path, json.dumps(kept, indent=1))
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """The sha256 of tensors, as hexadecimal text."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        plain = tensor.detach().cpu().contiguous().flatten()
+        found.update(plain.view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def judge(test: Trace, policy: Policy, out: Path, drop: float, seed: int) -> Report:
+    """The report on a policy whose thresholds were allowed so large a drop; kept in ``out``."""
+    report = evaluate(test, policy, tolerance=max(TOLERANCE, drop), seed=seed)
+    _write(out / "report.json", report.to_json())
+    return report
+
+
+def _write(path: Path, content: str) -> None:
+    """A file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    part.write_text(json.dumps(now, indent=1), "utf-8")
+    part.write_text(content, "utf-8")
     os.replace(part, path)
 
 

@@ -10,6 +10,8 @@ import torch
 
 from offramp.decide.criteria import Entropy
 from offramp.decide.policy import Policy, replay
+from offramp.decide.provenance import provenance
+from offramp.decide.scored import as_thresholds, score
 from offramp.decide.trace import Trace
 from offramp.errors import Infeasible, TraceError
 
@@ -97,11 +99,9 @@ def screen(trace: Trace, *, max_accuracy_drop: float = 0.0, grid: Sequence[float
 
 
 def _policy(row: Screened, trace: Trace, tried: int) -> Policy:
-    about = {
-        "summary": f"screened on {trace.num_samples} samples of {trace.source}",
-        "data": {"source": trace.source, "samples": trace.num_samples, "trace": trace.fingerprint},
-        "method": "screening",
-        "combinations": tried,
-        "achieved": {"accuracy": row.accuracy, "cost": row.cost},
-    }
-    return Policy(Entropy("nats"), [-nats for nats in row.nats], about)
+    rule, thresholds = Entropy("nats"), [-nats for nats in row.nats]
+    about = provenance(trace, score(trace, rule), as_thresholds(thresholds))
+    about["method"] = "screening"
+    about["combinations"] = tried
+    about["summary"] = f"screened on {trace.num_samples} samples of {trace.source}"
+    return Policy(rule, thresholds, about)

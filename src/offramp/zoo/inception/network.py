@@ -75,13 +75,14 @@ class Inception(nn.Module):
 class GoogLeNet(nn.Module):
     """Nine Inception modules behind a stem, pooling, dropout, one linear layer.
 
-    With batch normalisation in place of the paper's local response normalisation. Parameters have
-    the names of torchvision's ``googlenet``.
+    As in torchvision, and unlike the paper, with batch normalisation in place of local response
+    normalisation, and with pooling of 2×2 instead of 3×3 before module 5a. Parameters have the
+    names of torchvision's ``googlenet``.
 
     Args:
         num_classes: C.
         kernel: of the third branch of every module: 5 in the paper, 3 in torchvision's weights.
-        width: factor on all channels but the images'; 1 is the paper's network.
+        width: factor on all channels but the images'; 1 has the paper's channels.
         dropout: before the classifier.
 
     Raises:

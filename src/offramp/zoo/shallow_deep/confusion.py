@@ -9,6 +9,8 @@ from offramp.errors import TraceError
 
 __all__ = ["confusion", "disagreement"]
 
+ROUNDING = 1e-12  # of float64, with room: a deviation below it is none
+
 
 def disagreement(trace: Trace) -> Tensor:
     """The distance of the internal classifiers from the end, summed over them.
@@ -49,10 +51,10 @@ def confusion(trace: Trace, reference: Trace) -> Tensor:
             f"{theirs[1]}. Record both with one network."
         )
     usual = disagreement(reference)
-    deviation = float(usual.std(correction=0))
-    if deviation == 0:
+    mean, deviation = float(usual.mean()), float(usual.std(correction=0))
+    if deviation <= ROUNDING * max(1.0, mean):
         raise TraceError(
-            f"The exits disagree by {float(usual[0]):g} on each of the {len(usual)} reference "
+            f"The exits disagree by {mean:g} on each of the {len(usual)} reference "
             "samples, so there is no deviation to divide by. Record more samples."
         )
-    return (disagreement(trace) - usual.mean()) / deviation
+    return (disagreement(trace) - mean) / deviation

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from offramp.analyse.report import evaluate
 from offramp.build.model import MultiExitModel
 from offramp.decide.record import record
 from offramp.errors import DataError, MissingExtra
@@ -21,7 +20,7 @@ from offramp.train.loop import fit
 from offramp.train.optimizers import adamw
 from offramp.train.phases import Phase
 from offramp.train.schemes import Scheme
-from offramp.zoo.running import Outcome, plain_phases, remember
+from offramp.zoo.running import Outcome, digest, judge, note, plain_phases, remember
 from offramp.zoo.text.sentences import Sentences, read_tsv, tokenised
 from offramp.zoo.text.systems import TextSystem, attach_to_layers
 
@@ -55,10 +54,11 @@ def run_text(
             ``train.tsv``, ``dev.tsv`` and ``test.tsv``; or a folder in it.
         encoder: folder with weights, configuration and ``tokenizer.json``, as transformers saves
             them.
-        out: folder for checkpoint and policy.
+        out: folder for checkpoint, policy and report.
         epochs: of every stage; 3 where ``None``.
         seed: of heads, shuffling, and what is set aside for the rule.
-        max_accuracy_drop: what thresholds may cost on the development sentences, as a share.
+        max_accuracy_drop: what thresholds may cost on the development sentences, as a share; the
+            verdict accepts as much, and no less than 0.01.
         progress: show a bar on standard error.
 
     Raises:
@@ -70,11 +70,12 @@ def run_text(
     epochs = EPOCHS if epochs is None else epochs
     parts = open_sentences(data, encoder)
     network = open_encoder(encoder, int(parts["train"].labels.max()) + 1, seed)
+    begun = digest(network.state_dict().values())
     inputs, _ = next(iter(replace(parts["dev"], size=4)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = attach_to_layers(network, inputs, system.head)
-    train = partial(fine_tune, model, parts["train"], seed=seed, progress=progress)
+    train = partial(fine_tune, model, parts["train"], seed=seed, begun=begun, progress=progress)
     if system.tuned:
         train(out / "plain", plain_phases(model.num_exits, epochs), epochs)
     train(out, system.scheme, epochs)
@@ -84,7 +85,8 @@ def run_text(
     )
     policy = system.choose(calibration, max_accuracy_drop, seed=seed)
     policy.save(out / "policy.json")
-    return Outcome(model, policy, calibration, test, evaluate(test, policy, seed=seed))
+    report = judge(test, policy, out, max_accuracy_drop, seed)
+    return Outcome(model, policy, calibration, test, report)
 
 
 def open_encoder(folder: Path, classes: int, seed: int = 0) -> nn.Module:
@@ -163,6 +165,7 @@ def fine_tune(
     epochs: int,
     *,
     seed: int = 0,
+    begun: str | None = None,
     progress: bool = False,
 ) -> MultiExitModel:
     """The model, trained, in evaluation mode; read from ``out`` where it is there.
@@ -174,11 +177,20 @@ def fine_tune(
         scheme: as :func:`offramp.fit` takes it.
         epochs: over the sentences.
         seed: of shuffling.
+        begun: the sha256 of the weights that the encoder began with, to be compared with that of
+            the training in ``out``.
         progress: show a bar on standard error.
 
     Raises:
-        TrainingError: ``out`` holds the checkpoint of another training.
+        TrainingError: ``out`` holds another training: of other sentences, say.
     """
+    now: dict[str, object] = {
+        "sentences (sha256)": digest((sentences.ids, sentences.mask, sentences.labels)),
+        "batch": sentences.size,
+        "shuffled": sentences.shuffled,
+        "seed": seed,  # the encoder's last layer is drawn by it
+    }
+    note(out, now if begun is None else {**now, "encoder (sha256)": begun})
     fit(
         model,
         sentences,

@@ -49,13 +49,17 @@ def read_tsv(path: Path) -> tuple[list[str], list[int]]:
     """The sentences and labels of a file with ``sentence<TAB>label`` in each line.
 
     Raises:
-        DataError: the file is missing, or a line is not of this form; it is named.
+        DataError: the file is missing or not UTF-8, or a line is not of this form; it is named.
     """
     if not path.is_file():
         raise DataError(f"There is no file {path}. Expected lines of a sentence, a tab, a label.")
     texts, labels = [], []
+    try:
+        content = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text: {error}. Save it as such.") from error
     # A sentence may hold other characters at which splitlines() would part it.
-    lines = path.read_text("utf-8").removesuffix("\n").split("\n")
+    lines = content.removesuffix("\n").split("\n")
     for number, line in enumerate(lines if lines != [""] else [], 1):
         text, tab, label = line.rpartition("\t")
         if not tab or not label.strip().isdecimal():
