@@ -156,7 +156,7 @@ def _frontier(task: str) -> Callable[[Result], str]:
             )  # fmt: skip
         head = [f"at {_percent(budget, 0)} % of the cost" for budget in SHOWN]
         text = table(["scheme", "leaves by", "area", *head, "cost of plain's accuracy, %"], rows)
-        return f"{text}\n\n{_rivals(result, found, best)}"
+        return f"{text}\n\n{_rivals(result, found, best)}".rstrip()
 
     return make
 
