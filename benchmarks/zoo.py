@@ -44,7 +44,7 @@ EPOCHS = {
     "b-alexnet": 30,
     "b-alexnet-distilled": 30,
     "b-resnet110": 8,
-    "b-resnet110-late": 8,
+    "b-resnet110-early": 8,
     "b-resnet110-together": 8,
     "inception-v1": 15,
     "text": 3,

@@ -71,12 +71,12 @@ CLASSES = 10
 # The paper starts from the trained plain network. Where that was tried: how many epochs train the
 # network alone, and how many then all exits; the plain network goes on alone for as many, at the
 # same learning rate, which is less than at first.
-STAGED = {"b-resnet110": (4, 4), "b-resnet110-late": (6, 2)}
+STAGED = {"b-resnet110": (6, 2), "b-resnet110-early": (4, 4)}
 LATER = 0.3
 # Networks of the paper that are trained in another way than the recipe's, or begun in another.
 VARIANTS = {
     "b-alexnet-distilled": "b-alexnet",
-    "b-resnet110-late": "b-resnet110",
+    "b-resnet110-early": "b-resnet110",
     "b-resnet110-together": "b-resnet110",
 }
 
