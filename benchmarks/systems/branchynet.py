@@ -321,6 +321,7 @@ def timed(
     if shares is not None:
         scores = [np.asarray(answer.score) for answer in runner.anytime(x)][:-1]
         runner = runner.under(Policy(policy.criterion, thresholds_for(scores, shares)))
+        _check_shares(runner, x, shares)
     bare = bare_call(plain, x[:4], OnnxRuntime(threads=1))
     found: Row = {"in_one_call": runner.in_one_call}
     for size, count in ((1, SINGLE), (BATCH, BATCH * BATCHES)):
@@ -341,6 +342,17 @@ def timed(
             "first": float((decided == 0).double().mean()),
         }
     return found
+
+
+def _check_shares(runner: Runner, x: Tensor, wanted: Sequence[float]) -> None:
+    """Refuse to time other shares: scores of drawn weights may be all alike, in deep networks."""
+    left = torch.as_tensor(runner(x).exit).bincount(minlength=len(wanted) + 1) / len(x)
+    for exit, share in enumerate(wanted):
+        if abs(float(left[exit]) - share) > 1 / BATCH:
+            raise SystemExit(
+                f"With drawn weights {100 * float(left[exit]):.0f} % leave at exit {exit}, where "
+                f"{100 * share:.0f} % are to: scores are alike. Time it with trained weights."
+            )
 
 
 def _accuracy(trace: Trace) -> float:
