@@ -347,11 +347,11 @@ def timed(
 def _check_shares(runner: Runner, x: Tensor, wanted: Sequence[float]) -> None:
     """Refuse to time other shares: scores of drawn weights may be all alike, in deep networks."""
     left = torch.as_tensor(runner(x).exit).bincount(minlength=len(wanted) + 1) / len(x)
-    for exit, share in enumerate(wanted):
-        if abs(float(left[exit]) - share) > 1 / BATCH:
+    for exit, (came, due) in enumerate(zip(left.tolist(), wanted, strict=False)):
+        if abs(came - due) > 1 / BATCH:
             raise SystemExit(
-                f"With drawn weights {100 * float(left[exit]):.0f} % leave at exit {exit}, where "
-                f"{100 * share:.0f} % are to: scores are alike. Time it with trained weights."
+                f"With drawn weights {100 * came:.0f} % leave at exit {exit}, where "
+                f"{100 * due:.0f} % are to: scores are alike. Time it with trained weights."
             )
 
 
