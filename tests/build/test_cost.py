@@ -194,7 +194,7 @@ def test_exit_costs():
     assert costs.unit == "MACs"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace`")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_cannot_be_watched_or_counted():
     x = torch.randn(2, 4)
     net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -102,7 +102,7 @@ class Flow:
     ) -> None:
         count = 1 + max((v for op in operations for v in (*op.reads, *op.writes)), default=answer)
         made, last_use, work = [0] * count, [-1] * count, [0.0] * count
-        needed = [False] * count
+        needed, self._from_inputs = [False] * count, [False] * count
         last_use[answer], needed[answer] = len(operations), True
         uses: dict[int, list[int]] = {answer: [len(operations)]}
         left = [0.0] * (len(operations) + 1)
@@ -116,8 +116,9 @@ class Flow:
                     uses.setdefault(v, []).append(time)
         for time, op in enumerate(operations):
             deepest = max((work[v] for v in op.reads), default=0.0) + op.flops
+            given = self._comes_from_inputs(op)
             for v in op.writes:
-                made[v], work[v] = time, deepest
+                made[v], work[v], self._from_inputs[v] = time, deepest, given
         self._operations, self._overwritten = operations, overwritten
         self._needed, self._uses, self._left = needed, uses, left
         self._made, self._last_use = torch.tensor(made), torch.tensor(last_use)
@@ -162,18 +163,16 @@ class Flow:
 
         It is large within the first of several branches that begin with the inputs.
         """
-        fed, given, past = set(values), set[int](), 0.0
-        for op in self._operations[:time]:
-            if op.given or not given.isdisjoint(op.reads):
-                given.update(op.writes)
-        given -= fed
+        fed, past = set(values), 0.0
         for op in self._operations[time:]:
             if not fed.isdisjoint(op.reads):
                 fed.update(op.writes)
-            elif op.given or not given.isdisjoint(op.reads):
-                given.update(op.writes)
-                past += op.flops if self._is_needed(op) else 0.0
+            elif op.flops and self._is_needed(op) and self._comes_from_inputs(op):
+                past += op.flops
         return past / self._left[0] if self._left[0] else 0.0
+
+    def _comes_from_inputs(self, op: Operation) -> bool:
+        return op.given or any(self._from_inputs[value] for value in op.reads)
 
     def _is_needed(self, op: Operation) -> bool:
         return any(self._needed[value] for value in op.writes)

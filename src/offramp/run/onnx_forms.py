@@ -78,8 +78,10 @@ def _with_its_weight(graph: fx.Graph, node: fx.Node) -> None:
     found: list[fx.Node] = []
     end = node
     for target in (_ATEN.mul.Tensor, _ATEN.add.Tensor):
-        user = next(iter(end.users))
-        if len(end.users) > 1 or user.target is not target or user.args[0] is not end:
+        user = next(iter(end.users), None)
+        if user is None or len(end.users) > 1:
+            return
+        if user.target is not target or user.args[0] is not end:
             return
         parameter = user.args[1] if len(user.args) == 2 and not user.kwargs else None
         if not isinstance(parameter, fx.Node) or parameter.op not in ("placeholder", "get_attr"):
