@@ -43,6 +43,7 @@ from benchmarks.learning.tasks import (
     DENSE,
     HELD_OUT,
     LONG,
+    NARROW_LONG,
     PARTS,
     SHALLOW_LONG,
     TASKS,
@@ -100,7 +101,7 @@ def queue(seeds: int) -> Iterator[Run]:
             yield Run(DENSE, SETTINGS[DENSE_SETTING], seed)
             for name in PROMISING:
                 yield Run(LONG, SETTINGS[name], seed)
-            for task, name in product((SHALLOW_LONG, DEEP_LONG), LEADING):
+            for task, name in product((SHALLOW_LONG, NARROW_LONG, DEEP_LONG), LEADING):
                 yield Run(task, SETTINGS[name], seed)
 
 
@@ -193,7 +194,7 @@ def _energy(keep: Keep, given: argparse.Namespace) -> None:
     """Energy of the best, estimated."""
     rows = []
     for run, row in _best(keep, given):
-        model = model_of(run, keep)
+        model = model_of(run, keep, drawn=True)
         example = normalise(keep.images(run.task)["test_x"][:4])
         about = {"task": run.task.name, "setting": run.setting.name, "seed": run.seed}
         rows.append(about | estimate(model, example, row["operating"]))

@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 from benchmarks.learning.settings import PLAIN
 from benchmarks.learning.summary import best_setting, least_cost
-from benchmarks.learning.tasks import DEEP_LONG, LONG, SHALLOW_LONG, TASKS
+from benchmarks.learning.tasks import DEEP_LONG, LONG, NARROW_LONG, SHALLOW_LONG, TASKS
 from benchmarks.markdown import table
 
 __all__ = ["LEARNING_TABLES"]
@@ -23,12 +23,14 @@ Row = dict[str, Any]
 SHOWN = (0.25, 0.5, 0.75)  # of the plain network's cost
 WATCHED = ("plain", "joint", "joint_distill", "mixed_distill", "layerwise")
 NOT_YET = "Not measured yet."
+HEADS = TASKS["cifar_resnet20"].heads  # where nothing is said
 BARS: dict[str, tuple[str, str, Callable[[float], bool]]] = {
     "macs_at_plain_accuracy_fashion": ("of the plain network's MACs", "≤ 0.5", lambda v: v <= 0.5),
     "macs_at_plain_accuracy_cifar": ("of the plain network's MACs", "≤ 0.65", lambda v: v <= 0.65),
-    "macs_at_plain_accuracy_fashion_short": ("likewise, few passes", "≤ 0.5", lambda v: v <= 0.5),
-    "macs_at_plain_accuracy_cifar_short": ("likewise, few passes", "≤ 0.65", lambda v: v <= 0.65),
     "macs_at_plain_accuracy_cifar56": ("likewise, ResNet-56", "≤ 0.65", lambda v: v <= 0.65),
+    "macs_at_plain_accuracy_fashion_long": ("likewise, ten passes", "≤ 0.5", lambda v: v <= 0.5),
+    "macs_at_plain_accuracy_cifar_long": ("likewise, wider heads", "≤ 0.65", lambda v: v <= 0.65),
+    "macs_at_plain_accuracy_cifar_short": ("likewise, few passes", "≤ 0.65", lambda v: v <= 0.65),
     "macs_at_plain_accuracy_cifar56_short": ("likewise, few passes", "≤ 0.65", lambda v: v <= 0.65),
     "measured_over_macs_speedup": ("of the MACs ratio, worst", "≥ 0.85", lambda v: v >= 0.85),
     "step_overhead": ("of the plain step, less the heads' MACs, worst", "≤ 1.05",
@@ -43,11 +45,13 @@ def _percent(value: float, digits: int = 2) -> str:
 def _spread(values: Sequence[float], samples: int) -> str:
     """A mean in %, and half of its interval: over seeds, or over samples where there is one."""
     mean = fmean(values)
-    if len(values) > 1:
-        half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
-    else:
-        half = 1.96 * sqrt(mean * (1 - mean) / samples)
+    half = _half(values) if len(values) > 1 else 1.96 * sqrt(mean * (1 - mean) / samples)
     return f"{_percent(mean)} ± {_percent(half)}"
+
+
+def _half(values: Sequence[float]) -> float:
+    """Of the 95 % interval of a mean over seeds."""
+    return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
 
 
 def _of(result: Result, task: str) -> dict[str, list[Row]]:
@@ -66,7 +70,8 @@ def _title(result: Result, setting: str) -> str:
 
 def _named(result: Result, task: str) -> str:
     about = result["conditions"]["tasks"][task]
-    return f"{about['network']}, {about['data']}, {about['passes']} passes"
+    heads = "" if about["heads"] == HEADS else f", heads {about['heads']}"
+    return f"{about['network']}, {about['data']}, {about['passes']} passes{heads}"
 
 
 def _at(result: Result, row: Row, budget: float) -> float:
@@ -114,10 +119,11 @@ def _accuracies(task: str) -> Callable[[Result], str]:
                 else "–"
                 for k in range(exits)
             ]
-            gained = fmean(run["last_less_plain"]["points"] for run in runs)
+            gained = [run["last_less_plain"]["points"] for run in runs]
             low, high = runs[0]["last_less_plain"]["interval"]
-            lead = f"{100 * gained:+.2f}" + (
-                f" ({100 * low:+.2f} to {100 * high:+.2f})" if len(runs) == 1 else ""
+            around = f"({100 * low:+.2f} to {100 * high:+.2f})"
+            lead = f"{100 * fmean(gained):+.2f} " + (
+                around if len(runs) == 1 else f"± {_percent(_half(gained))}"
             )
             rows.append(
                 [_title(result, setting), str(len(runs)), *shown, "" if setting == PLAIN else lead]
@@ -310,7 +316,7 @@ def _conditions(result: Result) -> str:
     )
 
 
-_TASKS = (*TASKS, LONG.name, SHALLOW_LONG.name, DEEP_LONG.name)
+_TASKS = (*TASKS, *(task.name for task in (LONG, SHALLOW_LONG, NARROW_LONG, DEEP_LONG)))
 
 LEARNING_TABLES: dict[str, Callable[[Result], str]] = {
     "learn.summary": _summary,

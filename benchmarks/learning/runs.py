@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 import offramp
 from benchmarks.learning.gradients import Norms, read_norms
 from benchmarks.learning.settings import PLAIN, SETTINGS, Setting
-from benchmarks.learning.tasks import Data, Images, Task, images_of
+from benchmarks.learning.tasks import PARTS, Data, Images, Task, images_of
 from benchmarks.traces import normalise
 from benchmarks.writing import trained_on, versions
 from offramp.build.model import MultiExitModel
@@ -93,8 +93,8 @@ class Run:
         return Trace.load(self.folder(keep) / f"{part}.safetensors")
 
 
-def model_of(run: Run, keep: Keep) -> MultiExitModel:
-    """The network with its exits: trained, where the run is done."""
+def model_of(run: Run, keep: Keep, *, drawn: bool = False) -> MultiExitModel:
+    """The network with its exits: trained, where the run is done, unless weights do not matter."""
     torch.manual_seed(run.seed)
     backbone = run.task.backbone(keep.data)
     example = normalise(keep.images(run.task)["train_x"][:4])
@@ -102,6 +102,8 @@ def model_of(run: Run, keep: Keep) -> MultiExitModel:
     model = offramp.attach(
         backbone, example, exits=places, heads=run.task.heads, cascade=run.setting.cascade
     )
+    if drawn:
+        return model
     if run.done(keep):
         model.load_state_dict(load_file(run.folder(keep) / "model.safetensors"))
     elif run.before is not None:
@@ -179,7 +181,7 @@ def _train(run: Run, keep: Keep) -> None:
         "head_macs": list(model.costs.heads),
         "steps": steps,
         "seconds": round(sum(row.seconds for row in history), 1),
-        "train_loss": [[row.epoch, *row.train_loss] for row in history],
+        "train_loss": [[row.epoch, *row.train_loss] for row in list(history)[PARTS - 1 :: PARTS]],
         "gradient_norms": read_norms(folder / "gradients.jsonl", steps),
         "plan": str(history.plan),
     }

@@ -99,7 +99,7 @@ PLAIN = "plain"
 PROMISING = (PLAIN, "ztw", "joint_distill", "heads")
 COMPARED = (*PROMISING, "sdn_distill", "joint", "sdn", "branchynet", "pabee")
 # Of those, what led ResNet-56 in one respect or another after a short training, or promised to.
-LEADING = (PLAIN, "joint_distill", "sdn_distill", "pabee")
+LEADING = (PLAIN, "joint_distill", "sdn_distill", "pabee", "linear_distill")
 
 SETTINGS = {
     setting.name: setting
@@ -119,6 +119,9 @@ SETTINGS = {
         Setting("sdn_distill", "growing weights, distilled from the last exit",
                 Joint(Distill(teacher="last"), weights="growing"), ANY,
                 source="after Kaya et al., 2019, and Zhang et al., 2019"),
+        Setting("linear_distill", "linear weights, distilled from the last exit",
+                Joint(Distill(teacher="last"), weights="linear"), ANY,
+                source="after Zhou et al., 2020, and Zhang et al., 2019"),
         Setting("branchynet", "BranchyNet: early exits count 1, the last 0.3",
                 BranchyNet(), _own("entropy"),
                 source="Teerapittayanon et al., 2016"),

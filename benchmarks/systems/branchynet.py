@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -68,16 +69,16 @@ SURER = "calibrated, ensemble, margin"
 FIRST = 0.943  # of the samples leave at the first exit of B-LeNet, in the paper
 SINGLE, BATCH, BATCHES = 256, 64, 16
 CLASSES = 10
-# The paper starts from the trained plain network. Where that was tried: how many epochs train the
-# network alone, and how many then all exits; the plain network goes on alone for as many, at the
-# same learning rate, which is less than at first.
-STAGED = {"b-resnet110": (6, 2), "b-resnet110-early": (4, 4)}
+# The paper starts from the trained plain network. Where that is done: how many epochs then train
+# all exits. Those before train the network alone, once; the plain network goes on from there,
+# alone, for as many as the exits have, at the same learning rate, which is less than at first.
+JOINT_EPOCHS = {"b-resnet110": 8, "b-resnet110-distilled": 8}
 LATER = 0.3
-# Networks of the paper that are trained in another way than the recipe's, or begun in another.
-VARIANTS = {
-    "b-alexnet-distilled": "b-alexnet",
-    "b-resnet110-early": "b-resnet110",
-    "b-resnet110-together": "b-resnet110",
+# Networks of the paper whose exits learn by another loss than the paper's, with its weights.
+VARIANTS = {"b-alexnet-distilled": "b-alexnet", "b-resnet110-distilled": "b-resnet110"}
+LOSSES = {
+    "b-alexnet-distilled": Distill(teacher="ensemble"),
+    "b-resnet110-distilled": Distill(teacher="last"),
 }
 
 
@@ -110,14 +111,17 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
     recipe = system(base)
     epochs = given.epochs or recipe.epochs
     images = fewer(open_images(recipe.data, given.data[recipe.data], seed=given.seed), given.images)
-    with_branches, alone = phases_of(name, recipe, epochs)
-    budget = Path(f"epochs{epochs}", f"seed{given.seed}")
-    kept = given.runs / name / budget / "branches"
-    # The plain network of a variant is the paper's own where it is trained in the same phases.
-    shared = name if STAGED.get(name) != STAGED.get(base) else base
-    kept_plain = given.runs / shared / budget / "plain"
-    branchy, how = trained(recipe, images, kept, with_branches, given.seed)
-    plain, how_plain = trained(recipe, images, kept_plain, alone, given.seed)
+    first, with_branches, alone = phases_of(name, recipe, epochs)
+    # A variant shares the plain network, and what both begin from.
+    kept, shared = (
+        given.runs / of / f"epochs{epochs}" / f"seed{given.seed}" for of in (name, base)
+    )
+    how: Row = {}
+    if first:
+        begun, how["first"] = trained(recipe, images, shared / "first", first, given.seed)
+        recipe = _after(recipe, begun, first)
+    branchy, how["branches"] = trained(recipe, images, kept / "branches", with_branches, given.seed)
+    plain, how["plain"] = trained(recipe, images, shared / "plain", alone, given.seed)
     calibration, test = (trace_of(branchy, images, part) for part in ("calibration", "test"))
     before, full = (trace_of(plain, images, part) for part in ("calibration", "test"))
     right = right_of(full)
@@ -136,11 +140,11 @@ def measure_branchynet(name: str, given: Conditions) -> Row:
         "system": name,
         "data": DATA[recipe.data],
         "epochs": epochs,
-        "phases": [[phase.name, phase.epochs] for phase in with_branches],
+        "phases": [[phase.name, phase.epochs] for phase in [*first, *with_branches]],
         "loss": with_branches[-1].row(branchy.num_exits)[-1],
         "seed": given.seed,
         "training_images": len(images.train[0]),
-        "trained": {"branches": how, "plain": how_plain},
+        "trained": how,
         "places": list(branchy.places),
         "stage_macs": list(branchy.costs.stages),
         "head_macs": list(branchy.costs.heads),
@@ -182,23 +186,28 @@ def fewer(images: Images, most: int | None) -> Images:
     return Images((x[:most], y[:most]), images.calibration, images.test)
 
 
-def phases_of(name: str, recipe: Recipe, epochs: int) -> tuple[list[Phase], list[Phase]]:
-    """How the network with branches is trained, and the plain one in as many epochs."""
+def phases_of(
+    name: str, recipe: Recipe, epochs: int
+) -> tuple[list[Phase], list[Phase], list[Phase]]:
+    """How the network is trained in so many epochs: before, if at all; with branches; alone."""
     with torch.random.fork_rng(devices=[]):
         exits = recipe.build(CLASSES).num_exits
     scheme = recipe.scheme
-    if name == "b-alexnet-distilled":
-        scheme = replace(scheme, objective=Distill(teacher="ensemble"))
-    together = list(as_plan(scheme, exits, epochs))
-    before, after = STAGED.get(name, (0, epochs))
-    if before + after != epochs:  # a sample of the benchmark
-        before = 0
-    if not before:
-        return together, plain_phases(exits, epochs)
-    first = plain_phases(exits, before)
-    second = [replace(phase, epochs=after, lr_scale=LATER) for phase in together]
+    if name in LOSSES:
+        scheme = replace(scheme, objective=LOSSES[name])
+    after = JOINT_EPOCHS.get(name, epochs)
+    if after >= epochs:  # from the start, as a sample of the benchmark is
+        return [], list(as_plan(scheme, exits, epochs)), plain_phases(exits, epochs)
+    together = [replace(phase, lr_scale=LATER) for phase in as_plan(scheme, exits, after)]
     alone = [replace(phase, name="on", lr_scale=LATER) for phase in plain_phases(exits, after)]
-    return [*first, *second], [*first, *alone]
+    return plain_phases(exits, epochs - after), together, alone
+
+
+def _after(recipe: Recipe, begun: MultiExitModel, first: list[Phase]) -> Recipe:
+    """The recipe, from a trained network instead of drawn weights."""
+    epochs = sum(phase.epochs for phase in first)
+    name = f"{recipe.name}, after {epochs} epochs alone"
+    return replace(recipe, name=name, build=lambda _: copy.deepcopy(begun))
 
 
 def trained(

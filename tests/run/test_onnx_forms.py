@@ -160,3 +160,50 @@ def test_the_largest_probability_is_that_of_a_softmax(changed: bool) -> None:
     kinds = {node.target for node in program.graph.nodes}
     assert (torch.ops.aten.softmax.int in kinds) is not changed
     torch.testing.assert_close(program.module()(logits), Largest(changed)(logits))
+
+
+class Block(nn.Module):
+    """What a transformer does to tokens between attentions."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 10, bias=bias), nn.Linear(10, 6, bias=bias)
+        self.norm = nn.LayerNorm(6)
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        y = self.second(functional.gelu(self.first(x + position)))
+        return self.norm(functional.dropout(y, training=False) + x) * x
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("between", [(5,), (2, 3)], ids=["3", "4"])
+def test_tokens_are_flat_between_linear_layers(between: tuple[int, ...], bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    module, position = Block(bias), torch.randn(*between, 6, generator=generator)
+    # Not contiguous, as maps whose channels were put last.
+    x = torch.randn(4, 6, *between, generator=generator).movedim(1, -1)
+    program = torch.export.export(
+        module, (x, position), dynamic_shapes=({0: Dim("batch", min=1)}, None), strict=False
+    )
+    bring_into_form(program)
+    ranks = {
+        node.meta["val"].ndim
+        for node in program.graph.nodes
+        if node.target in (torch.ops.aten.linear.default, torch.ops.aten.layer_norm.default)
+    }
+    assert ranks == ({2} if bias else {x.ndim})  # without one there is nothing to be gained
+    torch.testing.assert_close(program.module()(x, position), module(x, position))
+    model = torch.onnx.export(program, dynamo=True, verbose=False, opset_version=20).model_proto
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Gemm") == (2 if bias else 0)
+    assert kinds.count("Reshape") == (3 if bias else 0)  # two sums there, the result back
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    names = [value.name for value in session.get_inputs()]
+    for rows in (0, 1, 3):
+        given = (x[:rows], position)
+        feed = {name: value.numpy() for name, value in zip(names, given, strict=True)}
+        (got,) = session.run(None, feed)
+        np.testing.assert_allclose(got, module(*given).detach().numpy(), atol=1e-6)

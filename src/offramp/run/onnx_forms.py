@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from offramp.run.onnx_tokens import flatten_tokens
+
 __all__ = ["bring_into_form"]
 
 _ATEN = torch.ops.aten
@@ -29,7 +31,8 @@ def bring_into_form(program: ExportedProgram) -> None:
 
     The largest softmax probability, spelt as eager torch is quickest with, becomes a softmax and
     its maximum: two kernels of an engine instead of five. A layer norm whose weight and bias are
-    applied by themselves, as heads for tokens do, becomes one that has them.
+    applied by themselves, as heads for tokens do, becomes one that has them. Linear layers over
+    tokens become products of matrices (:mod:`offramp.run.onnx_tokens`).
     """
     graph = program.graph
     masks: _Masks = {}
@@ -43,6 +46,7 @@ def bring_into_form(program: ExportedProgram) -> None:
             _largest_probability(graph, node)
         elif node.target is _ATEN.layer_norm.default:
             _with_its_weight(graph, node)
+    flatten_tokens(graph)
     graph.eliminate_dead_code()
     program.graph_module.recompile()
 

@@ -1,0 +1,88 @@
+"""Linear layers over tokens as products of two matrices, bias included."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["flatten_tokens"]
+
+_ATEN = torch.ops.aten
+_OF_EACH_NUMBER = {
+    _ATEN.clone.default,  # what a dropout may be exported as
+    _ATEN.dropout.default,
+    _ATEN.gelu.default,
+    _ATEN.relu.default,
+    _ATEN.sigmoid.default,
+    _ATEN.silu.default,
+    _ATEN.tanh.default,
+}
+
+
+def flatten_tokens(graph: fx.Graph) -> None:
+    """Rewrite a graph in place: what lies between linear layers over ``(B, T, D)`` is ``(B·T, D)``.
+
+    Of more than two dimensions an engine computes a product and then adds the bias, in two kernels;
+    of two it does so in one. Sums, layer norms and functions of each number are the same in either
+    form, so that tokens stay flat from one layer to the next.
+    """
+    flat: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        sources = _to_flatten(node, flat) if _is_of_tokens(node) else []
+        if not sources:
+            continue
+        with graph.inserting_before(node):
+            for source in sources:
+                if source not in flat:
+                    flat[source] = _reshaped(graph, source, [-1, _tensor(source).shape[-1]])
+            args = tuple(flat[arg] if arg in sources else arg for arg in node.args)
+            made = _call(graph, node.target, args, node.kwargs)
+            back = _reshaped(graph, made, [-1, *_tensor(node).shape[1:]])
+        flat[back] = made
+        node.replace_all_uses_with(back)
+        graph.erase_node(node)
+
+
+def _to_flatten(node: fx.Node, flat: dict[fx.Node, fx.Node]) -> list[fx.Node]:
+    """The arguments that are flat where the node is computed flat; none where it is not."""
+    first: Any = next(iter(node.args), None)
+    if node.target is _ATEN.add.Tensor:
+        both = [arg for arg in node.args if isinstance(arg, fx.Node)]
+        alike = all(_tensor(arg).shape == _tensor(node).shape for arg in both)
+        return both if len(both) == 2 and alike and not flat.keys().isdisjoint(both) else []
+    if node.target is _ATEN.linear.default:
+        worth = first in flat or len(node.args) > 2  # has a bias
+    elif node.target is _ATEN.layer_norm.default:
+        shape: Any = node.args[1]
+        worth = first in flat and len(shape) == 1
+    else:
+        worth = node.target in _OF_EACH_NUMBER and first in flat
+    return [first] if worth else []
+
+
+def _is_of_tokens(node: fx.Node) -> bool:
+    """Whether it has three or more dimensions, all of them known but the first."""
+    value = node.meta.get("val") if node.op == "call_function" else None
+    return (
+        isinstance(value, Tensor)
+        and value.ndim > 2
+        and all(isinstance(size, int) and size for size in value.shape[1:])
+    )
+
+
+def _reshaped(graph: fx.Graph, source: fx.Node, sizes: list[int]) -> fx.Node:
+    return _call(graph, _ATEN.reshape.default, (source, sizes), {})
+
+
+def _call(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> fx.Node:  # noqa: ANN401
+    made = graph.call_function(target, args, kwargs)
+    known = (_tensor(arg) if isinstance(arg, fx.Node) else arg for arg in args)
+    made.meta = {"val": target(*known, **kwargs)}
+    return made
+
+
+def _tensor(node: fx.Node) -> Tensor:
+    value: Tensor = node.meta["val"]
+    return value
