@@ -18,8 +18,7 @@ NAMES = {
     "b-alexnet": "B-AlexNet",
     "b-alexnet-distilled": "B-AlexNet, distilled",
     "b-resnet110": "B-ResNet-110",
-    "b-resnet110-early": "B-ResNet-110, branches earlier",
-    "b-resnet110-together": "B-ResNet-110, jointly from the start",
+    "b-resnet110-distilled": "B-ResNet-110, distilled",
 }
 COSTS = (0.25, 0.5, 0.75, 1.0)  # of the plain network, at which recipes are compared
 WAYS = {

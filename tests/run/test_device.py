@@ -202,6 +202,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 
 
 @device
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, where inductor is imported
 def test_inductor_answers_as_eager_torch_does() -> None:
     if shutil.which("g++") is None:
         pytest.skip("inductor needs a C++ compiler, and there is no g++")
