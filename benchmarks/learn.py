@@ -175,8 +175,8 @@ def _best(keep: Keep, given: argparse.Namespace) -> list[tuple[Run, Rows]]:
 def _speed(keep: Keep, given: argparse.Namespace) -> None:
     """Measured time of the best beside its multiply-accumulates."""
     seconds = 2.0 if given.quick else 30.0
-    measured = []
-    for run, row in _best(keep, given):
+    measured, best = [], _best(keep, given)
+    for run, row in best:
         if run.done(keep):
             measured.append(
                 measure_speed(run, keep, row["rule"], seconds)
@@ -184,8 +184,13 @@ def _speed(keep: Keep, given: argparse.Namespace) -> None:
             )
         else:
             _say(f"{run.task.name}: the best run, {run.setting.name}, is not kept here")
-    anew = {row["task"] for row in measured}
-    rows = [row for row in _before(given).get("speed", []) if row["task"] not in anew] + measured
+    anew = {(row["task"], row["processor"]) for row in measured}
+    still = {(run.task.name, run.setting.name) for run, _ in best}  # the best, as they were before
+    rows = measured + [
+        row
+        for row in _before(given).get("speed", [])
+        if (row["task"], row["processor"]) not in anew and (row["task"], row["setting"]) in still
+    ]
     order = [run.task.name for run in _runs(given)]
     _write(keep, given, {"speed": sorted(rows, key=lambda row: order.index(row["task"]))})
 

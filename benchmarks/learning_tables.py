@@ -267,7 +267,7 @@ def _speed(result: Result) -> str:
         [_named(result, row["task"]), _title(result, row["setting"]), f"{row['plain_ms']:.2f}",
          f"{row['exits_ms']:.2f}", f"{row['faster']:.2f}×", f"{row['by_macs']:.2f}×",
          f"{row['measured_over_macs']:.3f}",
-         row.get("processor", result["conditions"]["processor"])]
+         row["processor"]]
         for row in result["rows"].get("speed", [])
     ]  # fmt: skip
     head = ["network", "scheme", "plain, ms", "with exits, ms", "faster", "by MACs",
