@@ -127,6 +127,36 @@ def test_goals_that_cannot_be_met_carry_the_best():
     assert accuracy(TRACE, caught.value.best) >= FULL
 
 
+def test_the_least_cost_that_is_told_can_be_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        stages = 0.2 + torch.rand(4, generator=generator)
+        trace = Trace(TRACE.logits, TRACE.labels, stages.tolist(), [0.01, 0.02, 0.03, 0.0])
+        with pytest.raises(Infeasible) as caught:
+            calibrate(trace, max_cost=0.01)
+        told = float(str(caught.value).rpartition(" cost ")[2].partition(" of the full")[0])
+        least = caught.value.best.provenance["achieved"]["cost_ratio"]
+        assert least <= told * (1 + 1e-6)
+        assert told <= 1.002 * least
+        calibrate(trace, max_cost=told)
+
+
+def test_what_the_whole_network_does_not_reach_less_of_it_may():
+    """The last exit turns the answers wrong that the one before is sure of."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(4, (1000,), generator=generator)
+    right = torch.nn.functional.one_hot(labels, 4).float()
+    sure = torch.rand(1000, 1, generator=generator)
+    middle = torch.where(sure > 0.15, 8 * right * sure, 0.1 * (1 - right))
+    spoilt = torch.where(sure > 0.6, 5 * (1 - right), 9 * right)  # the sure ones
+    first = torch.randn(1000, 4, generator=generator) * 0.01
+    trace = Trace(torch.stack([first, middle, spoilt]), labels, [1.0, 1.0, 2.0], [0.1, 0.1, 0.0])
+    assert float((spoilt.argmax(1) == labels).double().mean()) < 0.7
+    policy = calibrate(trace, min_accuracy=0.97)
+    assert accuracy(trace, policy) >= 0.97
+    assert policy.provenance["achieved"]["cost_ratio"] < 1
+
+
 def test_provenance_is_json_and_says_where_it_comes_from():
     policy = calibrate(TRACE, max_cost=0.6)
     about = json.loads(json.dumps(policy.to_json()))["provenance"]

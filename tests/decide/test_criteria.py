@@ -238,6 +238,12 @@ def test_names_and_instances():
         criterion_from_json({"name": "nobody's"})
     with pytest.raises(PolicyError, match="description of criterion 'entropy' does not fit"):
         criterion_from_json({"name": "entropy", "config": {"unt": "nats"}})
+    with pytest.raises(PolicyError, match="must be imported before it is loaded"):
+        criterion_from_json({"name": ["entropy"]})
+    plain = Policy("entropy", [0.5]).to_json()
+    for part, value in (("criterion", "entropy"), ("criterion", None), ("provenance", [1])):
+        with pytest.raises(PolicyError, match="criterion and provenance are JSON objects"):
+            Policy.from_json(plain | {part: value})
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,8 @@ def test_refusals():
         monitor.observe([math.nan], [1])
     with pytest.raises(DataError, match=r"Exits of this policy are 0\.\.3, got 4 to 4"):
         monitor.observe([0.5], [4])
+    with pytest.raises(DataError, match="not whole"):
+        monitor.observe([0.5], [0.7])
 
 
 def test_it_survives_the_policys_file(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,16 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert all(torch.equal(found.tensors[name], value) for name, value in tensors.items())
     assert set(found.part("model")) == {"a", "b", "step", "view"}
     assert [path.name for path in folder.iterdir()] == [FILE_NAME]
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    """Not what another one may be writing just now."""
+    left, young = (tmp_path / f"{FILE_NAME}.{number}.tmp" for number in (1, 2))
+    for path in (left, young):
+        path.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    write_checkpoint(tmp_path, Checkpoint({}, Position(), [], {"model/a": torch.ones(2)}))
+    assert {path.name for path in tmp_path.iterdir()} == {FILE_NAME, young.name}
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

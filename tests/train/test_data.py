@@ -123,6 +123,10 @@ def test_a_loader_without_length_has_none() -> None:
 
 def test_labels_come_out_as_int64() -> None:
     assert check_labels(torch.tensor([0, 1], dtype=torch.uint8), 2, "It").dtype == torch.int64
+    for kind in (torch.uint16, torch.uint32, torch.uint64):
+        labels = check_labels(torch.tensor([0, 1], dtype=kind), 2, "It")
+        assert labels.dtype == torch.int64
+        assert labels.tolist() == [0, 1]
     assert check_labels(torch.tensor([True, False]), 2, "It").tolist() == [1, 0]
     assert check_labels(torch.empty(0, dtype=torch.int64), 2, "It").shape == (0,)
 
@@ -137,6 +141,7 @@ def test_labels_come_out_as_int64() -> None:
         (torch.tensor([[1], [2]]), r"labels of shape \(2, 1\). .*squeeze\(1\)"),
         (torch.tensor([0, 3]), "It has label 3, out of range: the backbone has 3 classes"),
         (torch.tensor([-100, 2]), "It has label -100, out of range"),
+        (torch.tensor([7, 2], dtype=torch.uint32), "It has label 7, out of range"),
     ],
 )
 def test_wrong_labels(labels: Tensor | None, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,25 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from offramp.build.batch import fingerprints, unpack
 from offramp.errors import DataError, TrainingError
 from offramp.train.exit_logger import ExitLogger
 from offramp.train.exit_module import ExitModule
 from offramp.train.loop import fit
-from offramp.train.objectives import Distill, cross_entropy
+from offramp.train.objectives import (
+    Boosting,
+    CrossEntropy,
+    Distill,
+    Matched,
+    Objective,
+    cross_entropy,
+)
 from offramp.train.phases import Phase
 from offramp.train.schemes import Alternating, Joint, Layerwise, Mixed, as_plan
-from tests.train.tiny import data_of, digests, loader_of, model_of
+from offramp.train.weights import exit_weights
+from tests.train.tiny import data_of, digests, loader_of, model_of, plain_model_of
 
 pytestmark = [
     # Advice of Lightning on larger trainings than these, and a part of torch that it calls.
@@ -96,6 +105,15 @@ def test_accumulated_and_clipped_by_the_trainer() -> None:
     fit(fitted, batches_of(4), epochs=2, accumulate=2, clip=0.5, progress=False, **settings)
     trainer = trainer_of(accumulate_grad_batches=2, gradient_clip_val=0.5)
     trainer.fit(ExitModule(own, **settings), batches_of(4))
+    assert_same_weights(own, fitted)
+
+
+def test_the_default_optimizer_is_clipped_in_mixed_precision() -> None:
+    fitted = plain_model_of()
+    own = copy.deepcopy(fitted)
+    fit(fitted, batches_of(), epochs=2, clip=0.1, precision="bf16-mixed", progress=False)
+    trainer = trainer_of(precision="bf16-mixed", gradient_clip_val=0.1)
+    trainer.fit(ExitModule(own), batches_of())
     assert_same_weights(own, fitted)
 
 
@@ -180,6 +198,83 @@ def test_samples_are_remembered() -> None:
     assert torch.equal(model.training_fingerprints, expected)
 
 
+def test_samples_are_remembered_in_checkpoints(tmp_path: Path) -> None:
+    """Also those of an epoch that is not over."""
+
+    class Save(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "early.ckpt")
+
+    trainer = trainer_of(callbacks=[Save()])
+    trainer.fit(ExitModule(model_of()), batches_of())
+    trainer.save_checkpoint(tmp_path / "late.ckpt")
+    again = model_of()
+    trainer_of(max_epochs=3).fit(
+        ExitModule(again), batches_of(), ckpt_path=str(tmp_path / "late.ckpt"), weights_only=False
+    )
+    everyone = fingerprints(unpack(data_of()))
+    assert torch.equal(again.training_fingerprints, everyone.sort().values)
+    early = torch.load(tmp_path / "early.ckpt", weights_only=False)
+    first = early["offramp_training_fingerprints"]
+    assert torch.equal(first, everyone[:16].sort().values)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_epochs": 3}, {"max_steps": 13}, {"max_steps": 13, "max_epochs": 9}]
+)
+def test_growing_weights_follow_the_trainer(settings: dict[str, Any]) -> None:
+    """Thirteen steps of five an epoch are three epochs."""
+    seen: list[tuple[float, ...]] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            seen.append(pl_module._weights)
+
+    (phase,) = Joint(weights="growing").phases(4)
+    trainer = trainer_of(callbacks=[Look()], **({"max_epochs": None} | settings))
+    trainer.fit(ExitModule(model_of(), phase), batches_of())
+    costs = model_of().costs.stages
+    by_hand = [
+        exit_weights("growing", 4, stage_costs=costs, epoch=epoch, epochs=3) for epoch in range(3)
+    ]
+    assert by_hand[0] != by_hand[1] != by_hand[2]
+    assert [seen[0], seen[4], seen[5], seen[10]] == [by_hand[k] for k in (0, 0, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("objective", "sums"),
+    [(Boosting(), True), (Matched(Boosting()), True), (CrossEntropy(), False)],
+    ids=["boosting", "wrapped", "plain"],
+)
+def test_what_is_measured_is_what_is_answered(objective: Objective, sums: bool) -> None:
+    """Without a step that moves the weights, so that it can be counted afterwards."""
+    model = plain_model_of()
+    still = partial(torch.optim.SGD, lr=0.0)
+    history = fit(
+        model,
+        batches_of(),
+        scheme=Joint(objective),
+        epochs=1,
+        optimizer=still,
+        validation=loader_of(24, 24, seed=1, shuffle=False),
+        progress=False,
+    )
+    (row,) = history
+    for (x, y), accuracies in (
+        (data_of(), row.train_accuracy),
+        (data_of(24, seed=1), row.val_accuracy),
+    ):
+        with torch.no_grad():
+            logits = model(x).stack()
+        answers = logits.cumsum(0) if sums else logits
+        hits = (answers.argmax(-1) == y).float().mean(1)
+        assert list(accuracies) == pytest.approx(hits.tolist())
+    losses = [float(nn.functional.cross_entropy(z, y)) for z in answers]
+    assert list(row.val_loss) == pytest.approx(losses, rel=1e-5)
+    assert float((logits.cumsum(0).argmax(-1) != logits.argmax(-1)).float().mean()) > 0
+
+
 def test_a_trainer_goes_on_from_its_own_checkpoint(tmp_path: Path) -> None:
     whole, first, second = (model_of(dropout=0.0) for _ in range(3))
     trainer_of(max_epochs=3).fit(ExitModule(whole, optimizer=sgd), batches_of())
@@ -254,8 +349,29 @@ def test_wrong_settings() -> None:
         ExitModule(model_of(), optimizer=sgd, lr=0.1)
     with pytest.raises(DataError, match=r"'p' names stages \[9\]"):
         ExitModule(model_of(), Phase("p", (9,), (), (0,)))
-    with pytest.raises(DataError, match="this Trainer has no end. Pass max_epochs"):
+    with pytest.raises(DataError, match=r"is not known: it has no end.* Pass max_steps= to it"):
         trainer_of(max_epochs=-1).fit(ExitModule(model_of()), batches_of())
+
+
+class Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    """Samples without a length."""
+
+    def __iter__(self) -> Any:
+        return iter(zip(*data_of(), strict=True))
+
+
+def test_a_stream_needs_a_number_of_steps() -> None:
+    done: list[float] = []
+
+    def noted(part: float) -> float:
+        done.append(part)
+        return 1 - part
+
+    with pytest.raises(DataError, match=r"or its loader no length. Pass max_steps= to it"):
+        trainer_of().fit(ExitModule(model_of(), schedule=noted), DataLoader(Stream(), 8))
+    assert done == []
+    trainer_of(max_steps=5).fit(ExitModule(model_of(), schedule=noted), DataLoader(Stream(), 8))
+    assert done[:10:2] == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8])  # of two groups each
 
 
 def test_the_logger_wants_an_exit_module() -> None:

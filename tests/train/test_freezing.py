@@ -9,10 +9,11 @@ from offramp.build.model import attach
 from offramp.errors import DataError
 from offramp.train.exit_module import ExitModule, Standing
 from offramp.train.freezing import trained_parts
+from offramp.train.loop import fit
 from offramp.train.phases import Phase
 from offramp.train.schemes import Alternating, Heads, Joint, Layerwise
 from tests.networks import example_of, make
-from tests.train.tiny import data_of, model_of, parts
+from tests.train.tiny import data_of, digests, loader_of, model_of, parts
 
 
 def test_layerwise_phases_divide_the_model() -> None:
@@ -81,6 +82,49 @@ def test_what_the_user_froze_stays_frozen() -> None:
     trained.set_modes()
     assert not model.backbone.blocks[0][1].training
     assert model.backbone.blocks[1][1].training
+
+
+class NormEval(nn.Sequential):
+    """Keeps the statistics of its first normalisation, as detectors do."""
+
+    def train(self, mode: bool = True) -> NormEval:
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+def test_the_backbone_may_keep_a_part_in_evaluation_mode() -> None:
+    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 8), nn.BatchNorm1d(8)]
+    backbone = NormEval(*layers, nn.Linear(8, 3))
+    model = attach(backbone, torch.randn(4, 6), exits=["1"])
+    fit(model, loader_of(), epochs=1, progress=False)
+    assert int(backbone[1].num_batches_tracked) == 0
+    assert int(backbone[3].num_batches_tracked) == 5
+    with trained_parts(model, Heads().plan(2, 1)[0]).only():
+        assert not any(module.training for module in backbone.modules())
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_statistics_alone_are_frozen_with_what_is_around_them(frozen: bool) -> None:
+    norms = [nn.Sequential(nn.BatchNorm1d(8, affine=False)), nn.BatchNorm1d(8, affine=False)]
+    backbone = nn.Sequential(nn.Linear(6, 8), norms[0], nn.ReLU(), norms[1], nn.Linear(8, 3))
+    model = attach(backbone, torch.randn(4, 6), exits=["2"])
+    backbone.requires_grad_(not frozen)
+    before = digests(backbone)
+    fit(model, loader_of(), epochs=1, progress=False)
+    moved = {name for name, value in digests(backbone).items() if value != before[name]}
+    assert moved == (set() if frozen else set(before))
+
+
+def test_what_a_head_shares_with_the_backbone_is_frozen_with_it() -> None:
+    norm = nn.BatchNorm1d(8)
+    backbone = nn.Sequential(nn.Linear(6, 8), norm, nn.ReLU(), nn.Linear(8, 3))
+    heads = [nn.Sequential(norm, nn.Dropout(), nn.Linear(8, 3))]
+    model = attach(backbone, torch.randn(4, 6), exits=["0"], heads=heads)
+    trained = trained_parts(model, Heads().plan(2, 1)[0])
+    assert set(trained.parameters) == {"heads.0.2.weight", "heads.0.2.bias"}
+    with trained.only():
+        assert [module.training for module in heads[0]] == [False, True, True]
 
 
 def test_nothing_left_to_train_is_an_error() -> None:

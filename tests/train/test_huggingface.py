@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -161,6 +162,45 @@ def test_what_the_trainer_saves_is_read_again(model: MultiExitModel, tmp_path: P
     )
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
+
+
+def test_metrics_where_losses_are_asked_for(model: MultiExitModel, tmp_path: Path) -> None:
+    plain = trainer_of(HuggingFaceModule(model), tmp_path).evaluate()
+    more = trainer_of(
+        HuggingFaceModule(model), tmp_path, include_for_metrics=["loss", "inputs"]
+    ).evaluate()
+    for k in range(EXITS):
+        assert more[f"eval_exit_{k}_accuracy"] == plain[f"eval_exit_{k}_accuracy"]
+
+
+class Tied(nn.Module):
+    """Token rows to logits; a weight has two names, as in encoder-decoders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 8)
+        self.again = nn.Embedding(32, 8)
+        self.again.weight = self.embed.weight
+        self.block = nn.Linear(8, 8)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.embed(input_ids) + self.again(input_ids)
+        mixed: Tensor = (self.block(hidden) * attention_mask[..., None]).mean(1)
+        return self.fc(mixed)
+
+
+def test_tied_weights_are_saved_and_stay_tied(tmp_path: Path) -> None:
+    rows = [Texts()[i] for i in range(4)]
+    example = {k: torch.stack([row[k] for row in rows]) for k in ("input_ids", "attention_mask")}
+    model = offramp.attach(Tied(), example, exits=["block"])
+    module = HuggingFaceModule(model)
+    trainer_of(module, tmp_path, num_train_epochs=1, save_strategy="epoch").train()
+    saved = safetensors.torch.load_file(tmp_path / "checkpoint-3" / "model.safetensors")
+    assert torch.equal(saved["model.backbone.embed.weight"], model.backbone.embed.weight)
+    assert torch.equal(saved["model.backbone.again.weight"], model.backbone.embed.weight)
+    assert model.backbone.again.weight is model.backbone.embed.weight
+    module.load_state_dict(saved)
 
 
 def test_a_batch_without_labels_has_no_loss(model: MultiExitModel) -> None:

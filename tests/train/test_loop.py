@@ -24,7 +24,7 @@ from offramp.train.objectives import CrossEntropy, cross_entropy, sample_losses
 from offramp.train.phases import Phase
 from offramp.train.schemes import SCHEMES, Alternating, Joint, Layerwise
 from tests.networks import example_of, make
-from tests.train.tiny import Breaking, data_of, digests, loader_of, model_of
+from tests.train.tiny import Breaking, data_of, digests, loader_of, model_of, plain_model_of
 
 
 def sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -120,6 +120,23 @@ def test_gradients_are_summed_up_and_clipped_as_asked() -> None:
         torch.testing.assert_close(fitted.state_dict()[name], value, msg=name)
 
 
+def test_the_last_step_is_the_mean_of_the_batches_that_are_left() -> None:
+    """Seven batches, four a step: the second step has three."""
+    fitted = plain_model_of()
+    plain = copy.deepcopy(fitted)
+    batches = batches_of(6)
+    assert [len(y) for _, y in batches] == [6, 6, 6, 6, 6, 6, 4]
+    quick(fitted, batches, accumulate=4, optimizer=sgd, schedule="constant", epochs=2)
+    optimizer = sgd(list(plain.parameters()))
+    for _ in range(2):
+        for joined in (batches[:4], batches[4:]):
+            optimizer.zero_grad()
+            torch.stack([cross_entropy(plain(x), y) for x, y in joined]).mean().backward()
+            optimizer.step()
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fitted.state_dict()[name], value, msg=name)
+
+
 def test_weights_may_follow_the_epoch() -> None:
     seen: list[int] = []
 
@@ -180,6 +197,17 @@ def test_gradient_equilibrium_scales_before_the_step() -> None:
 
 
 # What every scheme keeps.
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_it_trains_where_gradients_are_switched_off(without: Any) -> None:
+    model, plain = model_of(), model_of()
+    with without():
+        quick(model, loader_of(), epochs=1)
+        assert not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled() == (without is torch.inference_mode)
+    quick(plain, loader_of(), epochs=1)
+    assert digests(model) == digests(plain)
 
 
 def test_the_model_is_left_ready_for_use() -> None:
@@ -325,6 +353,18 @@ def test_a_loader_without_a_length() -> None:
     quick(model, loader, epochs=3, schedule="constant")
     quick(plain, batches_of(), epochs=3, schedule="constant")
     assert digests(model) == digests(plain)
+
+
+def test_without_a_length_an_epoch_is_trained_at_the_rate_of_its_middle() -> None:
+    asked: list[float] = []
+
+    def noted(part: float) -> float:
+        asked.append(part)
+        return 1 - part
+
+    history = quick(model_of(), DataLoader(Stream(), 20), epochs=2, schedule=noted, lr=0.1)
+    assert asked == [0.25, 0.25, 0.75, 0.75]
+    assert [row.lr for row in history] == pytest.approx([0.075, 0.025])
 
 
 def test_workers() -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import offramp
+from offramp.errors import DataError
 from offramp.train import loop
 from offramp.train.checkpoint import read_checkpoint
-from offramp.train.precision import fastest_precision
+from offramp.train.precision import fastest_precision, known_precision
+from tests.train.tiny import data_of, digests, loader_of, plain_model_of
+
+QUIET: dict[str, Any] = {"accelerator": "cpu", "progress": False}
 
 
 @pytest.mark.parametrize(
@@ -60,3 +65,41 @@ def test_a_training_goes_on_as_it_began(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(loop, "fastest_precision", lambda _: "32-true")
     offramp.fit(model, data, precision="auto", **given)  # another machine: it is not refused
     assert asked == ["cpu"]
+
+
+@pytest.mark.parametrize("clip", [None, 1e-9])
+def test_clipping_in_mixed_precision(clip: float | None) -> None:
+    """AdamW moves by the rate whatever the size of the gradient, unless it is below its epsilon."""
+    model = plain_model_of()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    settings: dict[str, Any] = {"precision": "bf16-mixed", "schedule": "constant", "lr": 0.01}
+    offramp.fit(model, loader_of(40, 40), epochs=1, clip=clip, **settings, **QUIET)
+    moved = max(
+        float((now.detach() - old).abs().max())
+        for now, old in zip(model.parameters(), before, strict=True)
+    )
+    assert (moved < 2e-3) == (clip is not None)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [(32, "32-true"), ("32", "32-true"), ("bf16", "bf16-mixed"), (16, "16-mixed")],
+)
+def test_short_names_are_those_of_lightning(given: str | int, name: str) -> None:
+    assert known_precision(given) == known_precision(name) == name
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true", 64, "float32"])
+def test_a_precision_that_converts_the_model_is_refused(precision: str | int) -> None:
+    model = plain_model_of()
+    before = digests(model)
+    with pytest.raises(DataError, match=f"precision={precision!r}: expected one of '32-true'"):
+        offramp.fit(model, loader_of(), epochs=1, precision=precision, **QUIET)
+    assert digests(model) == before
+
+
+def test_another_type_is_trained_as_the_refusal_says() -> None:
+    model = plain_model_of().to(torch.float64)
+    x, y = data_of()
+    offramp.fit(model, [(x.to(torch.float64), y)], epochs=1, **QUIET)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}

@@ -26,6 +26,12 @@ def test_the_line_tells_phase_loss_and_accuracy(
     assert "epoch 3/4, joint, loss 0.123, validation accuracy 25.1 75.0 %" in err
 
 
+def test_the_name_of_a_phase_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressLine(True, epochs=4) as line:
+        line.step("[/heads]", 0, 0.5, torch.tensor(1.0))
+    assert "[/heads]" in capsys.readouterr().err
+
+
 def test_a_loss_is_read_only_when_the_line_is_drawn() -> None:
     class Unread(torch.Tensor):
         def __float__(self) -> float:

@@ -22,7 +22,7 @@ def blobs(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return patterns[labels] + 0.5 * torch.randn(rows, 4, 6, 6, generator=generator), labels
 
 
-def network() -> offramp.MultiExitModel:
+def network(**settings: bool) -> offramp.MultiExitModel:
     torch.manual_seed(0)
     backbone = nn.Sequential(
         nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU()),
@@ -31,7 +31,7 @@ def network() -> offramp.MultiExitModel:
         nn.Linear(16 * 36, 3),
     )
     heads = [PrototypeHead(3), PrototypeHead(3)]
-    return offramp.attach(backbone, blobs(4, 0)[0], exits=["0", "1"], heads=heads)
+    return offramp.attach(backbone, blobs(4, 0)[0], exits=["0", "1"], heads=heads, **settings)
 
 
 def loader(rows: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -54,6 +54,15 @@ def test_means_and_distances_are_those_by_hand():
         torch.testing.assert_close(logits[k], -torch.cdist(points, means), atol=1e-4, rtol=1e-4)
     assert all(torch.equal(before[n], v) for n, v in model.backbone.state_dict().items())
     assert model.training
+
+
+def test_every_head_of_a_cascade_gets_its_means():
+    alone, linked = network(), network(cascade=True)
+    fit_prototypes(alone, loader(230, 1))
+    fit_prototypes(linked, loader(230, 1))
+    assert float(alone.heads[1].means.abs().max()) > 0
+    assert torch.equal(linked.heads[0].means, alone.heads[0].means)
+    assert torch.equal(linked.heads[1].head.means, alone.heads[1].means)
 
 
 def test_from_features_to_a_file(tmp_path):

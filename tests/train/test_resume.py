@@ -168,6 +168,27 @@ def test_a_checkpoint_of_another_training_is_refused(
         train(model_of(), loader(), checkpoint=tmp_path, **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"lr": 0.5}, "optimizer was AdamW, lr=0.001 and is now AdamW, lr=0.5"),
+        ({"clip": 0.5}, "clip was None and is now 0.5"),
+    ],
+)
+def test_a_training_that_broke_goes_on_with_smaller_steps(
+    settings: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    quiet: dict[str, Any] = {"precision": "bf16-mixed", "schedule": "constant"}
+    with pytest.raises(TrainingError, match=r"call fit again with a smaller lr= or with clip="):
+        train(model_of(), Poisoned(7), checkpoint=tmp_path, **quiet)
+    with pytest.warns(UserWarning, match=f"goes on with another setting: {text}"):
+        history = train(model_of(), loader(), checkpoint=tmp_path, **quiet, **settings)
+    now = settings.get("lr", 0.001)
+    assert [row.lr for row in history] == pytest.approx([0.001, now, now, now])
+    with pytest.raises(TrainingError, match="is of another training"):  # it is finished
+        train(model_of(), loader(), checkpoint=tmp_path, **quiet)
+
+
 def test_moments_lie_as_their_weights_do(tmp_path: Path) -> None:
     """The default optimiser is fused, and walks through memory."""
     images = torch.randn(16, 3, 8, 8)
@@ -278,6 +299,34 @@ def test_a_state_that_would_need_pickle_is_refused(tmp_path: Path) -> None:
         train(
             model_of(), loader(), checkpoint=tmp_path, optimizer=lambda p: Odd(p, lr=0.1), epochs=2
         )
+
+
+class Extra(nn.Linear):
+    """Keeps something beside its tensors."""
+
+    def __init__(self, kept: Any) -> None:
+        super().__init__(6, 3)
+        self.kept = kept
+
+    def get_extra_state(self) -> Any:
+        return self.kept
+
+    def set_extra_state(self, state: Any) -> None:
+        self.kept = state
+
+
+def test_a_model_that_would_need_pickle_is_refused_before_training(tmp_path: Path) -> None:
+    def made(kept: Any) -> Any:
+        backbone = nn.Sequential(nn.Linear(6, 6), Extra(kept))
+        return attach(backbone, data_of()[0][:4], exits=["0"])
+
+    with pytest.raises(TrainingError, match=r"holds a dict as 'backbone.1._extra_state', which"):
+        train(made({"a": 1}), Breaking(loader(), 0, Stop()), checkpoint=tmp_path)
+    train(made({"a": 1}), loader(), epochs=1)
+    train(made(torch.ones(2)), loader(), checkpoint=tmp_path, epochs=1)
+    again = made(torch.zeros(2))
+    train(again, Breaking(loader(), 0, Stop()), checkpoint=tmp_path, epochs=1)
+    assert torch.equal(again.backbone[1].kept, torch.ones(2))
 
 
 class Poisoned:

@@ -136,11 +136,25 @@ def test_phases_can_be_given() -> None:
         ([Phase("p", (), (), (0,))], "'p' trains nothing"),
         ([Phase("p", (0,), (), (0,), epochs=0)], "'p' has 0 epochs"),
         (Mixed(shares=(0.0, 1.0)), "Shares of epochs must be above 0"),
+        (Mixed(shares=(1, 1, 1)), r"Mixed has 2 phases, but shares=\(1, 1, 1\) has 3"),  # type: ignore[arg-type]
+        (Joint, r"scheme is the class Joint. Pass a scheme, made by Joint\(\)"),
+        (Phase("p", (0,), (), (0,)), "scheme is the phase 'p' alone. Pass a list of it"),
+        ([Joint(), Layerwise()], "scheme holds a Joint. Expected phases alone"),
+        (3, "scheme is of type 'int'. Expected a name, one of alternating, heads"),
+        ([Phase("p", (2,), (), (0,))], r"'p' trains nothing that exits \[0\] learn by"),
+        ([Phase("p", (), (1,), (0, 1), turns=((1,), (0,)))], r"nothing that exits \[0\] learn by"),
+        ([Phase("p", (0,), (), (0,), epochs=1.5)], "'p' has 1.5 epochs. Expected a whole"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_schemes(scheme: object, text: str) -> None:
     with pytest.raises(DataError, match=text):
         as_plan(scheme, 3, 10)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scheme", ["joint", "mixed"])
+def test_epochs_are_whole(scheme: str) -> None:
+    with pytest.raises(DataError, match=r"epochs=2.5: expected a whole number of passes"):
+        as_plan(scheme, 3, 2.5)  # type: ignore[arg-type]
 
 
 def test_wrong_phases() -> None:

@@ -36,6 +36,8 @@ Solver = Callable[[float], Tensor]  # from a budget to thresholds
 
 SURE = 2.0  # standard errors by which everyone at one exit has to be better, to spend less
 HALVINGS = 7  # of the budget, in the search for the cheapest thresholds that are good enough
+GRID = 12  # budgets that are looked at where the largest is not good enough
+SUMMED = 1e-9  # costs that differ by less are the same, summed up in another order
 
 
 @dataclass(frozen=True)
@@ -302,20 +304,27 @@ def _within(task: _Task, goal: Goal) -> Tensor:
     unit = " ms" if goal.name == "max_latency" else " of the full cost"
     budget = goal.value / scale
     least, full = task.reach()
-    if budget < least:
+    if budget < least * (1 - SUMMED):
         best = task.policy(task.cheapest(), goal)
         raise Infeasible(
-            f"No thresholds have {goal.words}: the cheapest, everyone leaving at the first exit, "
-            f"cost {least * scale:.4g}{unit}. Add an earlier exit, or ask for no less than that.",
+            f"No thresholds have {goal.words}: the cheapest, everyone leaving at one exit, "
+            f"cost {_no_less(least * scale)}{unit}. Add an earlier exit, or ask for no less than "
+            "that.",
             best,
         )
-    return task.solve(min(budget, max(full, least)))
+    return task.solve(max(least, min(budget, full)))
+
+
+def _no_less(value: float) -> str:
+    """Four digits that can be asked for."""
+    shown = f"{value:.4g}"
+    return shown if float(shown) >= value * (1 - SUMMED) else f"{value * 1.001:.4g}"
 
 
 def _good_enough(task: _Task, goal: Goal) -> Tensor:
     """The cheapest thresholds that meet a goal of accuracy or agreement."""
     floor = goal.floor(task.full) - 1e-9
-    low, high = task.reach()
+    least, most = low, high = task.reach()
     found = task.off()
     best = measure(task.scored, found, task.right)
     for attempt in range(HALVINGS + 1):
@@ -330,6 +339,14 @@ def _good_enough(task: _Task, goal: Goal) -> Tensor:
             low = budget
             if best[1] < floor and gain > best[1]:
                 found, best = tried, (cost, gain)
+    # Where later exits turn right answers wrong, less may reach what the whole network does not.
+    for budget in torch.linspace(least, most, GRID).tolist() if best[1] < floor else ():
+        tried = task.solve(budget)
+        cost, gain = measure(task.scored, tried, task.right)
+        if gain > best[1]:
+            found, best = tried, (cost, gain)
+        if gain >= floor:
+            break
     if best[1] < floor:
         kind = {"loss": "a mean gain of"}.get(goal.bounds, goal.bounds)
         raise Infeasible(

@@ -135,6 +135,8 @@ class Monitor:
                 f"observe takes one score and one exit for each sample, without NaN, got shapes "
                 f"{score.shape} and {exit.shape}."
             )
+        if (exit != np.floor(exit)).any():
+            raise DataError("observe takes the numbers of exits, got some that are not whole.")
         if len(exit) and not (0 <= int(exit.min()) <= int(exit.max()) < len(self._edges)):
             raise DataError(
                 f"Exits of this policy are 0..{len(self._edges) - 1}, got {int(exit.min())} to "

@@ -136,11 +136,14 @@ class Policy:
         missing = [key for key in ("criterion", "thresholds") if key not in data]
         if missing:
             raise PolicyError(f"The policy lacks {missing}: the file is damaged.")
-        return cls(
-            criterion_from_json(data["criterion"]),
-            data["thresholds"],
-            data.get("provenance", {}),
-        )
+        criterion, provenance = data["criterion"], data.get("provenance", {})
+        if not isinstance(criterion, Mapping) or not isinstance(provenance, Mapping):
+            raise PolicyError(
+                "A policy's criterion and provenance are JSON objects, as Policy.save writes them, "
+                f"got {type(criterion).__name__} and {type(provenance).__name__}: the file was "
+                "edited or is damaged."
+            )
+        return cls(criterion_from_json(criterion), data["thresholds"], provenance)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy as JSON."""

@@ -36,10 +36,12 @@ def flatten_tokens(graph: fx.Graph) -> None:
         with graph.inserting_before(node):
             for source in sources:
                 if source not in flat:
-                    flat[source] = _reshaped(graph, source, [-1, _tensor(source).shape[-1]])
+                    value = _tensor(source).flatten(0, -2)
+                    flat[source] = _reshaped(graph, source, [-1, value.shape[-1]], value)
             args = tuple(flat[arg] if arg in sources else arg for arg in node.args)
-            made = _call(graph, node.target, args, node.kwargs)
-            back = _reshaped(graph, made, [-1, *_tensor(node).shape[1:]])
+            made = graph.call_function(node.target, args, node.kwargs)
+            made.meta = {"val": _tensor(node).flatten(0, -2)}
+            back = _reshaped(graph, made, [-1, *_tensor(node).shape[1:]], _tensor(node))
         flat[back] = made
         node.replace_all_uses_with(back)
         graph.erase_node(node)
@@ -50,7 +52,7 @@ def _to_flatten(node: fx.Node, flat: dict[fx.Node, fx.Node]) -> list[fx.Node]:
     first: Any = next(iter(node.args), None)
     if node.target is _ATEN.add.Tensor:
         both = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        alike = all(_tensor(arg).shape == _tensor(node).shape for arg in both)
+        alike = all(_sizes(arg) == _sizes(node) for arg in both)
         return both if len(both) == 2 and alike and not flat.keys().isdisjoint(both) else []
     if node.target is _ATEN.linear.default:
         worth = first in flat or len(node.args) > 2  # has a bias
@@ -72,15 +74,15 @@ def _is_of_tokens(node: fx.Node) -> bool:
     )
 
 
-def _reshaped(graph: fx.Graph, source: fx.Node, sizes: list[int]) -> fx.Node:
-    return _call(graph, _ATEN.reshape.default, (source, sizes), {})
-
-
-def _call(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> fx.Node:  # noqa: ANN401
-    made = graph.call_function(target, args, kwargs)
-    known = (_tensor(arg) if isinstance(arg, fx.Node) else arg for arg in args)
-    made.meta = {"val": target(*known, **kwargs)}
+def _reshaped(graph: fx.Graph, source: fx.Node, sizes: list[int], value: Tensor) -> fx.Node:
+    made = graph.call_function(_ATEN.reshape.default, (source, sizes))
+    made.meta = {"val": value}
     return made
+
+
+def _sizes(node: fx.Node) -> list[str]:
+    """By what they are called: to compare an open size with a number would settle it."""
+    return [str(size) for size in _tensor(node).shape]
 
 
 def _tensor(node: fx.Node) -> Tensor:

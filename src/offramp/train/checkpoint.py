@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,7 @@ __all__ = [
     "optimizer_state",
     "read_checkpoint",
     "refuse_broken",
+    "refuse_unsavable",
     "write_checkpoint",
 ]
 
@@ -39,6 +41,11 @@ FILE_NAME = "training.safetensors"
 
 _SCHEMA = 1
 _KIND = "offramp training checkpoint"
+
+_ABANDONED = 3600.0  # seconds after which a file that was begun is no one's
+
+# Settings of an optimiser that a checkpoint does not put back.
+_OF_THE_NEW = frozenset({"lr", "initial_lr", "fused", "foreach"})
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     path, temporary = folder / FILE_NAME, folder / f"{FILE_NAME}.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
         with temporary.open("wb") as file:
             file.write(data)
             file.flush()
@@ -117,6 +125,14 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
             "fit again to go on."
         ) from error
     return path
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what writers left that were killed; one that is still at it has a young file."""
+    for left in folder.glob(f"{FILE_NAME}.*.tmp"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
@@ -145,6 +161,21 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
     return Checkpoint(
         header["run"], Position(**header["position"]), header["rows"], tensors, header["optimizer"]
     )
+
+
+def refuse_unsavable(model: nn.Module) -> None:
+    """Make sure, before any training, that a model can be written.
+
+    Raises:
+        TrainingError: a module keeps more than tensors, by ``get_extra_state``.
+    """
+    for name, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise TrainingError(
+                f"The state of the model holds a {type(value).__name__} as {name!r}, which cannot "
+                "be saved without pickle. Train without checkpoint=, or let get_extra_state return "
+                "a tensor."
+            )
 
 
 def load_model_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -209,7 +240,10 @@ def load_optimizer_state(
     tensors: Mapping[str, Tensor],
     plain: Mapping[str, Any],
 ) -> None:
-    """Inverse of :func:`optimizer_state`, on an optimiser that was made in the same way."""
+    """Inverse of :func:`optimizer_state`, on an optimiser that was made in the same way.
+
+    Its learning rate and its kernels stay its own: a training may go on with another rate.
+    """
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     found: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **plain["numbers"]}.items():
@@ -219,6 +253,8 @@ def load_optimizer_state(
     now = optimizer.state_dict()
     for group, saved in zip(now["param_groups"], plain["groups"], strict=True):
         for key, value in saved.items():
+            if key in _OF_THE_NEW:
+                continue
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
     # Its own way in brings every value to where the parameters are, and gives it their type.
     optimizer.load_state_dict({"state": found, "param_groups": now["param_groups"]})
@@ -248,8 +284,8 @@ def refuse_broken(model: nn.Module) -> None:
         if not bool(torch.isfinite(value).all()):
             raise TrainingError(
                 f"The parameter {name!r} is no longer finite, so no checkpoint was written; the "
-                "one before is kept. Lower the learning rate, or clip gradients with clip=1.0, "
-                "and call fit again to go on from there."
+                "one before is kept. Call fit again to go on from there, with a smaller lr= or "
+                "with clip=1.0."
             )
 
 

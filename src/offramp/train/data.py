@@ -281,6 +281,7 @@ def check_labels(labels: Tensor | None, num_classes: int, whose: str) -> Tensor:
             f"{whose} has labels of shape {tuple(labels.shape)}. Expected (B,): one class index "
             "per sample. Use labels.squeeze(1) for (B, 1), labels.argmax(1) for one-hot rows."
         )
+    labels = labels.long()  # first: unsigned types have no minimum
     if labels.numel():
         low, high = (int(value) for value in labels.aminmax())
         if low < 0 or high >= num_classes:
@@ -288,7 +289,7 @@ def check_labels(labels: Tensor | None, num_classes: int, whose: str) -> Tensor:
                 f"{whose} has label {low if low < 0 else high}, out of range: the backbone has "
                 f"{num_classes} classes, so labels go from 0 to {num_classes - 1}."
             )
-    return labels.long()
+    return labels
 
 
 def _seed_generators(loader: Any, seed: int, epoch: int) -> None:  # noqa: ANN401

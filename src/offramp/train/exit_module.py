@@ -20,12 +20,13 @@ from offramp.errors import DataError, TrainingError
 from offramp.train.data import Census, check_labels, distinct
 from offramp.train.freezing import Trained, trained_parts
 from offramp.train.meter import Meter
-from offramp.train.objectives import exit_losses
+from offramp.train.objectives import exit_losses, judged_outputs
 from offramp.train.optimizers import (
     DEFAULT_LR,
     OptimizerFactory,
     Schedule,
     adamw,
+    may_fuse,
     optimizer_of,
     schedule_of,
 )
@@ -37,6 +38,9 @@ __all__ = ["ExitModule", "Standing"]
 
 # Steps between two looks at the losses where looking means waiting for the device.
 _LOOK_EVERY = 25
+
+# Where a checkpoint of Lightning's keeps the samples that were trained on.
+_FINGERPRINTS = "offramp_training_fingerprints"
 
 
 class Standing(NamedTuple):
@@ -69,8 +73,8 @@ class ExitModule(pl.LightningModule):
     processes train a phase that takes turns, such as ``Alternating``, they need
     ``strategy="ddp_find_unused_parameters_true"``.
 
-    Samples of the first epoch are remembered as ``model.training_fingerprints``; where several
-    processes train, those of each process in its own model.
+    Samples of the first epoch are remembered as ``model.training_fingerprints``, also in
+    checkpoints; where several processes train, those of each process in its own model.
 
     Args:
         model: from :func:`offramp.attach`. It is trained in place.
@@ -86,7 +90,8 @@ class ExitModule(pl.LightningModule):
             not what was expected.
 
     Attributes:
-        meter: loss and accuracy of every exit over the training epoch so far.
+        meter: loss and accuracy of every exit over the training epoch so far. Where the phase's
+            objective is on running sums (:class:`Boosting`), they are of the sums.
         val_meter: likewise over the last validation or test.
     """
 
@@ -119,7 +124,8 @@ class ExitModule(pl.LightningModule):
         self.weigher = LearnedWeights(model.num_exits) if learned else None
         self.meter = Meter(model.num_exits)
         self.val_meter = Meter(model.num_exits)
-        self._make = optimizer or partial(adamw, lr=DEFAULT_LR if lr is None else lr)
+        self._make = optimizer
+        self._lr = DEFAULT_LR if lr is None else lr
         self._schedule = schedule_of(schedule)
         self._census: Census | None = None
         self._frozen = ExitStack()
@@ -141,13 +147,16 @@ class ExitModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """The optimiser of what the phase trains, and the course of its learning rate."""
-        optimizer, _ = optimizer_of(self._make, self.phase, self.trained, self.weigher)
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
+        if not 1 <= steps < math.inf:  # it is -1 for epochs of a loader without a length
             raise DataError(
-                "The learning rate follows the part of the training that is done, but this Trainer "
-                "has no end. Pass max_epochs= or max_steps= to it."
+                "The learning rate follows the part of the training that is done, but how many "
+                "steps this Trainer will take is not known: it has no end, or its loader no "
+                "length. Pass max_steps= to it, or max_epochs= with a loader that has a length."
             )
+        fused = may_fuse(str(self.trainer.precision), self.trainer.gradient_clip_val)
+        make = self._make or partial(adamw, lr=self._lr, fused=fused)
+        optimizer, _ = optimizer_of(make, self.phase, self.trained, self.weigher)
         schedule = self._schedule
         scheduler = LambdaLR(optimizer, lambda step: schedule(min(step, steps - 1) / steps))
         return {
@@ -177,8 +186,7 @@ class ExitModule(pl.LightningModule):
         """Modes, weights and sums of a new epoch."""
         epoch = self.trainer.current_epoch
         self._census = Census() if epoch == 0 else None
-        planned = self.trainer.max_epochs or -1  # an endless training has -1
-        self.start_epoch(epoch, max(planned if planned > 0 else self.phase.epochs, epoch + 1))
+        self.start_epoch(epoch, max(self._planned_epochs(), epoch + 1))
 
     def start_epoch(self, epoch: int, epochs: int) -> None:
         """Begin epoch ``epoch`` of the ``epochs`` of this phase."""
@@ -216,7 +224,7 @@ class ExitModule(pl.LightningModule):
                 f"Expected ({len(exits)}, {len(labels)}): a term per supervised exit and sample."
             )
         losses = terms.mean(1)
-        self.meter.update(exits, losses, outputs, labels)
+        self.meter.update(exits, losses, judged_outputs(self.phase.objective, outputs), labels)
         if losses.device.type == "cpu" or step % _LOOK_EVERY == 0:
             self.refuse_broken_loss()
         weights = self._factor(exits, losses)
@@ -241,6 +249,7 @@ class ExitModule(pl.LightningModule):
         """Loss and accuracy of every exit."""
         labels = _labels(batch)
         outputs = self.model(*batch.args, **batch.kwargs)
+        outputs = judged_outputs(self.phase.objective, outputs)
         losses = exit_losses(outputs, labels)
         self.val_meter.update(range(self.model.num_exits), losses, outputs, labels)
 
@@ -258,6 +267,18 @@ class ExitModule(pl.LightningModule):
         if self._census is not None:
             self._census.close()  # warns about what looks wrong
             self._remember()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Which samples were trained on so far goes with the weights."""
+        seen = [] if self._census is None else [self._census.hashes]
+        checkpoint[_FINGERPRINTS] = distinct(self.model.training_fingerprints, *seen)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Those of the checkpoint and those that the model knew are both remembered."""
+        if _FINGERPRINTS in checkpoint:
+            self.model.training_fingerprints = distinct(
+                self.model.training_fingerprints, checkpoint[_FINGERPRINTS]
+            )
 
     def teardown(self, stage: str) -> None:
         """Thaw what was frozen. A second call does nothing."""
@@ -278,6 +299,10 @@ class ExitModule(pl.LightningModule):
         keeper = self.trainer.checkpoint_callback
         found = getattr(keeper, "last_model_path", "") or getattr(keeper, "best_model_path", "")
         return found or None
+
+    def smaller_steps(self) -> str:
+        """What to do where steps are too large."""
+        return "lower the learning rate, or pass gradient_clip_val=1.0 to the Trainer"
 
     def refuse_broken_loss(self) -> None:
         """Stop where a loss is not a finite number any more.
@@ -300,8 +325,17 @@ class ExitModule(pl.LightningModule):
         raise TrainingError(
             f"The loss of exit {exits} is not a number any more in phase {self.phase.name!r}, "
             f"epoch {self._last.epoch + 1}, {when} {self._last.step}. {goes_on} Are "
-            "all inputs finite? If so, lower the learning rate, or clip gradients with clip=1.0."
+            f"all inputs finite? If so, {self.smaller_steps()}."
         )
+
+    def _planned_epochs(self) -> int:
+        """Epochs of this Trainer, which may end by steps too; the phase's where it cannot tell."""
+        most, steps = self.trainer.max_epochs or -1, self.trainer.max_steps  # -1 is no end
+        _, _, length, joined = self.standing(0)
+        ends = [most] if most > 0 else []
+        if steps > 0 and length:
+            ends.append(math.ceil(steps / math.ceil(length / joined)))
+        return min(ends, default=self.phase.epochs)
 
     def _remember(self) -> None:
         if self._census is not None:

@@ -28,7 +28,8 @@ class Trained:
 
     Attributes:
         parameters: name in the model -> parameter; none of them was frozen by the user.
-        modules: modules that run in training mode. All others run in evaluation mode.
+        modules: modules that run in training mode, unless the model's own ``train`` leaves them
+            out. All others run in evaluation mode.
         stages: with gradient equilibrium, parameter name -> the stage that it belongs to.
     """
 
@@ -38,9 +39,13 @@ class Trained:
     stages: dict[str, int]
 
     def set_modes(self) -> None:
-        """Training mode for the trained modules, evaluation mode for all others."""
+        """Training mode for the trained modules, evaluation mode for all others.
+
+        A backbone may keep parts of itself in evaluation mode by a ``train`` of its own.
+        """
+        self.model.train()
         for module in self.model.modules():
-            module.training = module in self.modules
+            module.training = module.training and module in self.modules
 
     def scales(self, exits: Collection[int]) -> dict[str, float]:
         """Factors on gradients, by name, where they are not 1, when ``exits`` were supervised."""
@@ -70,7 +75,8 @@ def trained_parts(model: MultiExitModel, phase: Phase) -> Trained:
     """Find what ``phase`` trains in ``model``.
 
     Parameters that the user froze (``requires_grad=False``) stay frozen, and a module all of whose
-    own parameters are so runs in evaluation mode.
+    own parameters are so runs in evaluation mode. So does one with statistics alone, where all
+    parameters of what it is part of are frozen.
 
     Raises:
         DataError: nothing is left to train.
@@ -108,14 +114,16 @@ def _training_modules(model: MultiExitModel, phase: Phase) -> frozenset[nn.Modul
     last = model.num_exits - 1
     whole = len(phase.stages) == model.num_exits
     stages = {module: k for k in range(last) for _, module in model.stage_modules(k)}
+    backbone, frozen = set(model.backbone.modules()), _frozen(model.backbone)
     owners = {
-        module: stages.get(module, last) in phase.stages and not _frozen(module)
-        for module in model.backbone.modules()
+        module: stages.get(module, last) in phase.stages and module not in frozen
+        for module in backbone
         if _owns_state(module)
     }
     training = _settle(model.backbone, owners, inherited=whole, divided=whole)
     for k in phase.heads:
-        training.update(m for m in model.heads[k].modules() if not _frozen(m))
+        # A module that a head shares with the backbone is the backbone's.
+        training.update({*model.heads[k].modules()} - _frozen(model.heads[k]) - backbone)
     if whole:
         training.add(model)
     return frozenset(training)
@@ -143,6 +151,16 @@ def _owns_state(module: nn.Module) -> bool:
     return has_parameter or next(iter(module.buffers(recurse=False)), None) is not None
 
 
-def _frozen(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    return bool(own) and not any(parameter.requires_grad for parameter in own)
+def _frozen(module: nn.Module, around: bool = False) -> set[nn.Module]:
+    """The modules at and below ``module`` that the user froze.
+
+    Own parameters decide. What has none of its own goes by all parameters below it, and where there
+    are none either, by the nearest module ``around`` it that has some.
+    """
+    own, below = list(module.parameters(recurse=False)), list(module.parameters())
+    here = not any(parameter.requires_grad for parameter in below) if below else around
+    itself = not any(parameter.requires_grad for parameter in own) if own else here
+    frozen = {module} if itself else set()
+    for child in module.children():
+        frozen |= _frozen(child, here)
+    return frozen

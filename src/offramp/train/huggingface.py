@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,12 @@ class HuggingFaceModule(nn.Module):
     loss is a mean over the batch, without which accumulated gradients would be too large.
     ``remove_unused_columns=False`` is needed, as the inputs are the backbone's and cannot be read
     from this module's signature. The model is trained in place; nothing is frozen but what has
-    ``requires_grad=False``.
+    ``requires_grad=False``. Leave ``label_smoothing_factor`` of the ``Trainer`` out: labels are
+    smoothed by ``loss=ExitLoss(CrossEntropy(label_smoothing=0.1))``.
+
+    Which samples were trained on is not remembered here, as the ``Trainer`` does not tell epochs
+    apart: ``model.training_fingerprints`` stays empty, and :func:`offramp.record` cannot tell
+    training data.
 
     Args:
         model: from :func:`offramp.attach`.
@@ -62,6 +67,7 @@ class HuggingFaceModule(nn.Module):
             )
         self.model = model
         self.loss = loss
+        self.register_state_dict_post_hook(_unshare)  # type: ignore[no-untyped-call]
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:  # noqa: ANN401
         """Loss and logits.
@@ -85,15 +91,27 @@ class HuggingFaceModule(nn.Module):
         return {"loss": loss, **made}
 
 
-def exit_accuracies(predictions: tuple[NDArray[Any], NDArray[Any]]) -> dict[str, float]:
+def _unshare(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:  # noqa: ANN401
+    """Tied weights are written whole under each name: safetensors refuses shared memory."""
+    seen: set[tuple[torch.device, int]] = set()
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        place = value.device, value.untyped_storage().data_ptr()
+        if place in seen:
+            state[name] = value.clone()
+        seen.add(place)
+
+
+def exit_accuracies(predictions: Iterable[NDArray[Any]]) -> dict[str, float]:
     """Accuracy of every exit, as ``compute_metrics`` of ``transformers.Trainer``.
 
     Args:
-        predictions: ``(N, E, C)`` logits and ``(N,)`` labels.
+        predictions: ``(N, E, C)`` logits and ``(N,)`` labels; what follows them is not read.
 
     Returns:
         ``exit_<k>_accuracy`` in [0, 1]; the last exit is the backbone's own.
     """
-    logits, labels = predictions
+    logits, labels, *_ = predictions  # losses and inputs follow where they were asked for
     hits: NDArray[np.float64] = (logits.argmax(-1) == labels[:, None]).mean(0)
     return {f"exit_{k}_accuracy": float(share) for k, share in enumerate(hits)}

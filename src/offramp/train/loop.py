@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,10 +26,10 @@ from offramp.train.checkpoint import (
     optimizer_state,
     read_checkpoint,
     refuse_broken,
+    refuse_unsavable,
     write_checkpoint,
 )
 from offramp.train.data import Census, EpochLoader, distinct, preserved_randomness
-from offramp.train.freezing import trained_parts
 from offramp.train.history import EpochRow, History
 from offramp.train.meter import Meter
 from offramp.train.optimizers import (
@@ -37,12 +38,13 @@ from offramp.train.optimizers import (
     OptimizerFactory,
     Schedule,
     adamw,
+    may_fuse,
     named_parameters,
     optimizer_of,
     schedule_of,
 )
 from offramp.train.phases import Phase
-from offramp.train.precision import AUTO, fastest_precision
+from offramp.train.precision import AUTO, fastest_precision, known_precision
 from offramp.train.progress import ProgressLine
 from offramp.train.schemes import Scheme, as_plan
 
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from offramp.train.phase_module import PhaseModule
 
 __all__ = ["Session", "Settings", "fit"]
+
+_DEFAULT = "AdamW, lr="  # how a checkpoint tells of the default optimiser
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,8 @@ class Session:
         while self.position.phase < len(plan):
             index = self.position.phase
             phase = plan[index]
-            with trained_parts(self.model, phase).only():
-                module = PhaseModule(self, phase)
+            module = PhaseModule(self, phase)
+            with module.trained.only():
                 self.loader.epoch = self.position.epochs_done
                 self.loader.skip = self.position.step
                 if self.loader.skip:  # a shorter epoch takes a Trainer of its own
@@ -198,7 +202,7 @@ def fit(
     checkpoint: str | Path | None = None,
     checkpoint_every: int | None = None,
     resume: bool = True,
-    precision: str = "32-true",
+    precision: str | int = "32-true",
     accumulate: int = 1,
     clip: float | None = None,
     accelerator: str = "auto",
@@ -226,16 +230,19 @@ def fit(
             It is called once in every phase.
         lr: learning rate of the default optimiser, 0.001 if not given.
         schedule: ``"cosine"``, ``"constant"``, or a function from the part of the phase that is
-            done, in [0, 1), to the factor on the learning rate.
+            done, in [0, 1), to the factor on the learning rate. Where the loader has no length, the
+            factor stands still over an epoch, at that of the epoch's middle.
         seed: of shuffling, augmentation and dropout.
         checkpoint: folder for a checkpoint, written at the end of every epoch. Without one,
             no file is written at all.
         checkpoint_every: write one every so many steps, too, where there is a folder for it.
-        resume: go on from the checkpoint in the folder, if there is one.
-        precision: of Lightning's Trainer, such as ``"bf16-mixed"``; ``"auto"``: that where the
-            machine multiplies bfloat16 by itself, else ``"32-true"``. A training that goes on stays
-            with what it began in.
-        accumulate: batches whose gradients are summed up for a step.
+        resume: go on from the checkpoint in the folder, if there is one. Settings have to be the
+            same, but for ``clip`` and ``lr``, which may change on the way, with a warning.
+        precision: of Lightning's Trainer: ``"32-true"``, ``"bf16-mixed"`` or ``"16-mixed"``;
+            ``"auto"``: ``"bf16-mixed"`` where the machine multiplies bfloat16 by itself, else
+            ``"32-true"``. A training that goes on stays with what it began in.
+        accumulate: batches of which a step takes the mean gradient. The last step of an epoch takes
+            those that are left, where the loader has a length.
         clip: largest norm of the gradient.
         accelerator: of Lightning's Trainer, such as ``"cpu"``.
         progress: show a progress bar on standard error.
@@ -261,12 +268,15 @@ def fit(
     folder = None if checkpoint is None else Path(checkpoint)
     seed = int(seed)
     _check_settings(accumulate, clip, checkpoint_every, lr)
+    precision = known_precision(precision)
+    if folder is not None:
+        refuse_unsavable(model)
     found = read_checkpoint(folder) if resume and folder is not None else None
     if precision == AUTO:
         precision = found.run["precision"] if found else fastest_precision(accelerator)
     settings = Settings(
         seed=seed,
-        optimizer=optimizer or partial(adamw, lr=rate),
+        optimizer=optimizer or partial(adamw, lr=rate, fused=may_fuse(precision, clip)),
         schedule=schedule_of(schedule),
         precision=precision,
         accumulate=accumulate,
@@ -278,7 +288,7 @@ def fit(
             "plan": re.sub(r" at 0x[0-9a-f]+", "", str(plan)),
             "batches per epoch": train.length,
             "seed": seed,
-            "optimizer": _name(optimizer) if optimizer else f"AdamW, lr={rate:g}",
+            "optimizer": _name(optimizer) if optimizer else f"{_DEFAULT}{rate:g}",
             "schedule": _name(schedule),
             "precision": precision,
             "accumulate": accumulate,
@@ -286,7 +296,7 @@ def fit(
         },
     )
     device = next(model.parameters()).device
-    with preserved_randomness():
+    with preserved_randomness(), torch.inference_mode(False), torch.enable_grad():
         judge = None
         if validation is not None:
             judge = EpochLoader(
@@ -315,14 +325,22 @@ def _resume(session: Session, found: Checkpoint | None) -> None:
     folder = session.settings.folder
     if found is None or folder is None:
         return
-    run = session.settings.run
-    different = [name for name in run if found.run.get(name) != run[name]]
-    if different:
-        name = different[0]
-        raise TrainingError(
-            f"The checkpoint {str(folder / FILE_NAME)!r} is of another training: {name} was\n"
-            f"{found.run.get(name)}\nand is now\n{run[name]}\nUse the same settings to go on, "
-            "another folder, or resume=False to start anew."
+    run, path = session.settings.run, str(folder / FILE_NAME)
+    finished = found.position.phase == len(session.history.plan)
+    for name, now in run.items():
+        was = found.run.get(name)
+        if was == now:
+            continue
+        if finished or not _size_of_steps(name, was, now):
+            raise TrainingError(
+                f"The checkpoint {path!r} is of another training: {name} was\n{was}\nand is now\n"
+                f"{now}\nUse the same settings to go on, another folder, or resume=False to start "
+                "anew."
+            )
+        warnings.warn(
+            f"The training of the checkpoint {path!r} goes on with another setting: {name} was "
+            f"{was} and is now {now}.",
+            stacklevel=3,
         )
     load_model_state(session.model, found.part("model"))
     model = session.model
@@ -333,6 +351,11 @@ def _resume(session: Session, found: Checkpoint | None) -> None:
     session.position = found.position
     session.last_checkpoint = folder / FILE_NAME
     session.pending = found
+
+
+def _size_of_steps(name: str, was: object, now: object) -> bool:
+    """Whether a setting may change on the way: what is turned down after a loss that broke."""
+    return name == "clip" or all(str(value).startswith(_DEFAULT) for value in (was, now))
 
 
 def _take_census(session: Session) -> None:

@@ -40,6 +40,7 @@ __all__ = [
     "distillation",
     "exit_accuracy",
     "exit_losses",
+    "judged_outputs",
     "leave_shares",
     "sample_losses",
     "without_others",
@@ -353,6 +354,25 @@ class ExitsSoFar:
         """Terms ``(K, B)``."""
         chosen = _chosen(outputs, exits)
         return self.objective([outputs[k] for k in range(max(chosen) + 1)], labels, chosen)
+
+
+def judged_outputs(objective: Objective, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """What a network answers that learns by ``objective``: its logits, or their running sums.
+
+    Args:
+        objective: of the phase. Where it is or wraps :class:`Boosting`, the answers are the sums.
+        outputs: ``E`` tensors ``(B, C)``.
+
+    Returns:
+        ``E`` tensors ``(B, C)``; sums are without gradient.
+    """
+    inner: object = objective
+    while inner is not None and not isinstance(inner, Boosting):
+        inner = getattr(inner, "objective", None)
+    if inner is None:
+        return outputs
+    with torch.no_grad():
+        return boosted(outputs)
 
 
 def without_others(objective: Objective) -> Objective:

@@ -22,6 +22,7 @@ __all__ = [
     "adamw",
     "constant",
     "cosine",
+    "may_fuse",
     "named_parameters",
     "optimizer_of",
     "schedule_of",
@@ -38,20 +39,40 @@ _WEIGHT_DECAY = 0.05
 _WARMUP = 0.05
 
 
-def adamw(parameters: Iterable[Parameter], lr: float = DEFAULT_LR) -> Optimizer:
+def adamw(
+    parameters: Iterable[Parameter], lr: float = DEFAULT_LR, *, fused: bool = True
+) -> Optimizer:
     """AdamW; matrices and filters decay, biases and scales do not.
 
     Decoupled weight decay (Loshchilov and Hutter, ICLR 2019) of 0.05. On CPU and CUDA all
     parameters are updated by one fused kernel: for small networks on a CPU the difference is felt
     in every step.
+
+    Args:
+        parameters: what is trained.
+        lr: learning rate.
+        fused: by one kernel, where there is one; see :func:`may_fuse`.
     """
     chosen = list(parameters)
     groups = [
         {"params": [p for p in chosen if p.dim() > 1], "weight_decay": _WEIGHT_DECAY},
         {"params": [p for p in chosen if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in chosen)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=fused)
+    able = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in chosen)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=fused and able)
+
+
+def may_fuse(precision: str, clip: float | None) -> bool:
+    """Whether a fused optimiser can train so.
+
+    A fused one undoes the scale of mixed precision inside its step. Gradients have to be clipped
+    after that and before the step, so Lightning refuses to.
+
+    Args:
+        precision: of Lightning's Trainer, such as ``"bf16-mixed"``.
+        clip: largest norm of the gradient; ``None`` or 0 where none is clipped.
+    """
+    return not (clip and precision.endswith("-mixed"))
 
 
 def cosine(done: float) -> float:

@@ -76,13 +76,25 @@ class PhaseModule(ExitModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """The learning rate of this step follows from the position alone.
 
-        Batches whose gradients are summed up count as one, so that they equal a large batch.
+        Batches whose gradients are summed up count as one, so that they equal a large batch. Where
+        the loader has no length, all of an epoch is trained at the rate of its middle.
         """
         epoch, step, length, joined = self.standing(batch_idx)
-        within = (step // joined) / math.ceil(length / joined) if length else 0.0
+        within = (step // joined) / math.ceil(length / joined) if length else 0.5
         factor = self.session.settings.schedule((epoch + within) / self.phase.epochs)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch.
+
+        Lightning divides it by the batches of a step. The last step of an epoch may have fewer: its
+        gradient is made the mean over those it has.
+        """
+        loss = super().training_step(batch, batch_idx)
+        _, step, length, joined = self.standing(batch_idx)
+        left = length % joined
+        return loss * (joined / left) if left and step >= length - left else loss
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:  # noqa: ANN401
         """Count the step, and keep it if it is time."""
@@ -120,6 +132,10 @@ class PhaseModule(ExitModule):
         """The session's."""
         kept = self.session.last_checkpoint
         return str(kept) if kept else None
+
+    def smaller_steps(self) -> str:
+        """As arguments of fit(), which goes on with them."""
+        return "call fit again with a smaller lr= or with clip=1.0"
 
 
 def run_epochs(module: PhaseModule, epochs: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from numbers import Integral
 from typing import Any, overload
 
 from offramp.errors import DataError
@@ -71,7 +72,8 @@ class Phase:
         """Refuse stages, heads and exits that a model with ``num_exits`` exits does not have.
 
         Raises:
-            DataError: an index is out of range, nothing is trained, or no epoch is left.
+            DataError: an index is out of range, nothing is trained, the supervised exits reach
+                nothing that is, or no epoch is left.
         """
         for kind, indices, count in (
             ("stages", self.stages, num_exits),
@@ -89,8 +91,22 @@ class Phase:
                 f"Phase {self.name!r} trains nothing. Name stages of the backbone or heads; a "
                 "model without auxiliary exits has no heads."
             )
-        if self.epochs < 1:
-            raise DataError(f"Phase {self.name!r} has {self.epochs} epochs. Expected at least 1.")
+        for exits in self.turns or (self.exits,):
+            if not any(self._reached(k) for k in exits):
+                raise DataError(
+                    f"Phase {self.name!r} trains nothing that exits {list(exits)} learn by: exit k "
+                    "reaches the stages up to k and head k. Supervise a later exit, or train an "
+                    "earlier part."
+                )
+        if not isinstance(self.epochs, Integral) or self.epochs < 1:
+            raise DataError(
+                f"Phase {self.name!r} has {self.epochs} epochs. Expected a whole number, at least "
+                "1."
+            )
+
+    def _reached(self, k: int) -> bool:
+        """Whether the loss of exit ``k`` depends on anything that is trained."""
+        return k in self.heads or any(stage <= k for stage in self.stages)
 
     def row(self, num_exits: int) -> tuple[str, str, str, str, str]:
         """Name, epochs, what is trained, what is supervised, and how: as words."""

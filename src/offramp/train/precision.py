@@ -1,12 +1,34 @@
-"""In which precision a machine trains fastest without a scale for the loss."""
+"""Precisions that fit() trains in, and the fastest of a machine that needs no scale of the loss."""
 
 from __future__ import annotations
 
 import torch
 
-__all__ = ["AUTO", "fastest_precision"]
+from offramp.errors import DataError
+
+__all__ = ["AUTO", "fastest_precision", "known_precision"]
 
 AUTO = "auto"
+
+# Weights stay in single precision in all of them. Lightning knows the shorter names as well.
+_NAMES = ("32-true", "bf16-mixed", "16-mixed")
+_ALIASES = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+
+
+def known_precision(precision: str | int) -> str:
+    """The full name of a precision that ``fit`` trains in, or ``"auto"``.
+
+    Raises:
+        DataError: any other, such as ``"64-true"``, which would convert the model.
+    """
+    name = _ALIASES.get(str(precision), str(precision))
+    if name not in (*_NAMES, AUTO):
+        raise DataError(
+            f"precision={precision!r}: expected one of {', '.join(map(repr, (*_NAMES, AUTO)))}, "
+            "which leave the weights as they are. To train in another type, convert the model and "
+            'the data by yourself, with model.to(torch.float64) say, and keep "32-true".'
+        )
+    return name
 
 
 def fastest_precision(accelerator: str = "auto") -> str:

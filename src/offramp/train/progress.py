@@ -45,7 +45,7 @@ class ProgressLine:
                 BarColumn(),
                 TextColumn("{task.percentage:3.0f} %"),
                 TimeRemainingColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),  # a phase may be named "[a]"
                 console=Console(stderr=True),
                 auto_refresh=False,
             )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.build.batch import unpack
+from offramp.build.cascade import core
 from offramp.build.model import MultiExitModel
 from offramp.build.prototypes import PrototypeHead
 from offramp.errors import DataError, HeadError
@@ -32,7 +33,8 @@ def fit_prototypes(model: MultiExitModel, loader: Iterable[Any]) -> None:
         HeadError: the model has no prototype head.
         DataError: no labels, labels out of range, or a class without samples.
     """
-    heads = {k: head for k, head in enumerate(model.heads) if isinstance(head, PrototypeHead)}
+    cores = {k: core(head) for k, head in enumerate(model.heads)}
+    heads = {k: head for k, head in cores.items() if isinstance(head, PrototypeHead)}
     if not heads:
         raise HeadError(
             "fit_prototypes found no PrototypeHead in the model: attach with "

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import ClassVar
 
 from offramp.errors import DataError, unknown_name
@@ -162,7 +163,7 @@ class Separate(Scheme):
             _heads(num_exits, self.objective, self.weights),
             replace(tuning, lr_scale=self.tuning_lr),
         ]
-        return [replace(p, share=share) for p, share in zip(phases, self.shares, strict=True)]
+        return _shared(phases, self.shares, "Separate")
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Mixed(Scheme):
             _backbone(num_exits, self.objective),
             _joint("joint", num_exits, self.objective, self.weights, self.equilibrium),
         ]
-        return [replace(p, share=share) for p, share in zip(phases, self.shares, strict=True)]
+        return _shared(phases, self.shares, "Mixed")
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,8 @@ def as_plan(scheme: str | Scheme | Sequence[Phase], num_exits: int, epochs: int)
         epochs: of all phases together; a list of phases has its own instead.
 
     Raises:
-        DataError: an unknown name, too few epochs, or phases that do not fit the model.
+        DataError: an unknown name, neither a scheme nor phases, too few epochs, or phases that do
+            not fit the model.
     """
     if isinstance(scheme, str):
         if scheme not in SCHEMES:
@@ -241,12 +243,44 @@ def as_plan(scheme: str | Scheme | Sequence[Phase], num_exits: int, epochs: int)
     if isinstance(scheme, Scheme):
         plan = scheme.plan(num_exits, epochs)
     else:
-        plan = Plan("Given phases", tuple(scheme), num_exits)
+        plan = Plan("Given phases", _given(scheme), num_exits)
     if not plan.phases:
         raise DataError("The scheme has no phase. Give at least one.")
     for phase in plan:
         phase.check(num_exits)
     return plan
+
+
+def _given(phases: Sequence[Phase]) -> tuple[Phase, ...]:
+    """Phases as they were given, after a look at what came instead."""
+    if isinstance(phases, type) and issubclass(phases, Scheme):
+        name = phases.__name__
+        raise DataError(f"scheme is the class {name}. Pass a scheme, made by {name}().")
+    if isinstance(phases, Phase):
+        raise DataError(f"scheme is the phase {phases.name!r} alone. Pass a list of it: [phase].")
+    if not isinstance(phases, Iterable):
+        raise DataError(
+            f"scheme is of type {type(phases).__name__!r}. Expected a name, one of "
+            f"{', '.join(SCHEMES)}, a scheme such as Joint(), or a list of phases."
+        )
+    given = tuple(phases)
+    for item in given:
+        if not isinstance(item, Phase):
+            raise DataError(
+                f"scheme holds a {type(item).__name__}. Expected phases alone; schemes are joined "
+                "by their phases: [*Joint().plan(exits, epochs), *Heads().plan(exits, epochs)]."
+            )
+    return given
+
+
+def _shared(phases: list[Phase], shares: Sequence[float], name: str) -> list[Phase]:
+    """The phases with their shares of the epochs."""
+    if len(shares) != len(phases):
+        raise DataError(
+            f"{name} has {len(phases)} phases, but shares={tuple(shares)} has {len(shares)}. "
+            "Give one share of the epochs for each phase."
+        )
+    return [replace(phase, share=share) for phase, share in zip(phases, shares, strict=True)]
 
 
 def _joint(
@@ -281,6 +315,8 @@ def _heads(num_exits: int, objective: Objective, weights: Weights) -> Phase:
 
 def _divide(epochs: int, shares: Sequence[float], name: str) -> list[int]:
     """Whole epochs by the largest remainder, each phase at least one."""
+    if not isinstance(epochs, Integral):
+        raise DataError(f"epochs={epochs!r}: expected a whole number of passes over the loader.")
     if epochs < len(shares):
         raise DataError(
             f"{name} has {len(shares)} phases and needs at least one epoch for each, but "

@@ -130,9 +130,9 @@ def criterion_from_json(data: Mapping[str, Any]) -> Criterion:
         PolicyError: its name is unknown (a rule of your own must be imported first), or its
             arguments or tensors do not fit.
     """
-    name = data.get("name")
+    name = str(data.get("name"))
     if name not in _REGISTER:
-        text = unknown_name("criterion", str(name), known())
+        text = unknown_name("criterion", name, known())
         raise PolicyError(f"{text} A criterion of your own must be imported before it is loaded.")
     try:
         rule = _REGISTER[name].from_config(data.get("config", {}))
