@@ -60,7 +60,9 @@ bench: $(VENV)/.installed-test  ## run the benchmarks; each writes a JSON into b
 	$(BIN)/python benchmarks/digits.py --out benchmarks/results/digits.json $(ARGS)
 	$(BIN)/python benchmarks/coverage.py --json benchmarks/results/coverage.json
 	$(BIN)/python benchmarks/runtime.py --data $(DATA) --json benchmarks/results/runtime.json
+	$(BIN)/python benchmarks/decide.py --data $(DATA) --json benchmarks/results/decide.json
 	$(BIN)/python benchmarks/learn.py --data $(DATA) --json benchmarks/results/learn.json
+	$(BIN)/python benchmarks/zoo.py --data $(DATA) --json benchmarks/results/zoo.json
 	$(BIN)/python benchmarks/quantisation.py --data $(DATA) \
 	  --json benchmarks/results/quantisation.json
 

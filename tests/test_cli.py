@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from offramp.analyse.report import Report
@@ -380,10 +381,21 @@ def test_inspect_by_places(capsys):
 
 @pytest.mark.parametrize(
     ("text", "exits"),
-    [("3", 3), ("0.25,0.5", [0.25, 0.5]), ("-3,-1", [-3, -1]), ("a.1, b", ["a.1", "b"])],
+    [
+        ("3", 3),
+        ("0.25,0.5", [0.25, 0.5]),
+        ("-3,-1", [-3, -1]),
+        ("a.1, b", ["a.1", "b"]),
+        ("0.1,1.0", ["0.1", "1.0"]),
+        ("0,1", ["0", "1"]),
+        ("1,", ["1"]),
+        (".1", [0.1]),
+    ],
 )
 def test_exits_as_words(text, exits):
-    assert _exits(text) == exits
+    """Modules of the network are called 0, 0.0, 0.1, 1, 1.0."""
+    parts = (nn.Sequential(nn.ReLU(), nn.ReLU()), nn.Sequential(nn.ReLU()))
+    assert _exits(text, nn.Sequential(*parts)) == exits
 
 
 @pytest.mark.parametrize(
@@ -532,6 +544,36 @@ def never():
 )
 def test_options_that_would_do_nothing_are_refused(capsys, arguments, text):
     assert text in refused(capsys, *arguments)
+
+
+def test_names_of_classes_from_a_file(tmp_path):
+    path = tmp_path / "names.txt"
+    path.write_bytes("\ufeffa \nb\n\n".encode())
+    assert class_names(str(path)) == ["a", "b"]
+    with pytest.raises(DataError, match="There is no file .*nams.txt"):
+        class_names(str(tmp_path / "nams.txt"))
+
+
+class Tied(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12), nn.Linear(12, 4))
+        self[2].weight = self[0].weight
+
+
+def tied():
+    return Tied(), torch.randn(4, 12)
+
+
+def test_weights_that_are_shared_are_kept(tmp_path, capsys):
+    out = tmp_path / "model"
+    data = ["--data", f"{HERE}:train"]
+    call(capsys, "fit", f"{HERE}:tied", *data, "--out", out, "--exits", "1,", "--epochs", 1)
+    backbone = load_model(out)[0].backbone
+    assert backbone[2].weight is backbone[0].weight
+    about = json.loads((out / "model.json").read_text())
+    (out / "model.json").write_text(json.dumps(about | {"shape": 3}))
+    with pytest.raises(ArtifactError, match="network and shape are texts"):
+        load_model(out)
 
 
 def test_many_names_of_classes_are_no_file(tmp_path):

@@ -8,9 +8,10 @@ from torch import nn
 
 from offramp.build.batch import fingerprints, unpack
 from offramp.build.model import attach
-from offramp.decide import Trace
+from offramp.decide import Policy, Trace
 from offramp.decide.record import record
 from offramp.errors import DataError, TraceError
+from offramp.run.runner import Runner
 from tests.networks import example_of, make
 
 
@@ -76,6 +77,8 @@ def test_training_samples_are_recognised(model):
         assert record(model, batches(), source="mine", progress=False).source == "training"
         other = [(x + 1, y) for x, y in batches()]
         assert record(model, other, source="mine", progress=False).source == "mine"
+        runner = Runner(model, Policy("confidence", [0.9, 0.9]), batches()[0][0])
+        assert record(runner, batches(), source="mine", progress=False).source == "training"
     finally:
         model.training_fingerprints = torch.empty(0, dtype=torch.int64)
 

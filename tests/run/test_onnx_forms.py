@@ -207,3 +207,71 @@ def test_tokens_are_flat_between_linear_layers(between: tuple[int, ...], bias: b
         feed = {name: value.numpy() for name, value in zip(names, given, strict=True)}
         (got,) = session.run(None, feed)
         np.testing.assert_allclose(got, module(*given).detach().numpy(), atol=1e-6)
+
+
+class OddLinear(nn.Module):
+    """Linear layers that have no form of two dimensions, or need none."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        if self.kind == "size":
+            return y + x.shape[0]
+        if self.kind == "vector":
+            return functional.relu(functional.linear(y, self.layer.bias)) + x[..., 0]
+        return functional.relu(y).clone(memory_format=torch.channels_last) + x
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["size", "vector", "channels last"])
+def test_odd_linear_layers(kind: str) -> None:
+    x = torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    module = OddLinear(kind)
+    program = torch.export.export(
+        module, (x,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False
+    )
+    bring_into_form(program)
+    for rows in (1, 3):
+        torch.testing.assert_close(program.module()(x[:rows]), module(x[:rows]))
+
+
+def test_whole_numbers_are_not_flattened() -> None:
+    """An engine has no such product with a bias."""
+
+    class Whole(nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return functional.linear(x, weight, bias)
+
+    given = (torch.ones(3, 5, 6).int(), torch.ones(4, 6).int(), torch.ones(4).int())
+    program = torch.export.export(Whole(), given, strict=False)
+    bring_into_form(program)
+    assert torch.ops.aten.reshape.default not in {node.target for node in program.graph.nodes}
+
+
+class Sharper(nn.Module):
+    def forward(self, logits: Tensor) -> Tensor:
+        top = logits.amax(-1, keepdim=True)
+        return torch.sub(logits, top, alpha=2).exp().sum(-1).reciprocal()
+
+
+def test_a_difference_of_multiples_is_no_softmax() -> None:
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    program = torch.export.export(Sharper(), (logits,), strict=False)
+    bring_into_form(program)
+    torch.testing.assert_close(program.module()(logits), Sharper()(logits))
+
+
+def test_a_layer_norm_takes_weights_of_its_own_type_alone() -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return functional.layer_norm(x, (6,)) * weight + bias
+
+    given = (torch.randn(4, 6).half(), torch.rand(6), torch.rand(6))
+    program = torch.export.export(Mixed(), given, strict=False)
+    bring_into_form(program)
+    found = program.module()(*given)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, Mixed()(*given))

@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console, Group, RenderableType
 
 from offramp.analyse.table import WIDTH
 from offramp.errors import DataError, OfframpError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["app", "main"]
 
@@ -37,7 +40,11 @@ Shape = Annotated[
     str | None, typer.Option(help="Sizes of one sample, as 3x32x32, instead of an example.")
 ]
 Exits = Annotated[
-    str, typer.Option(help="How many, or their places: layer1,layer2 or 0.25,0.5 or -3,-1.")
+    str,
+    typer.Option(
+        help="How many, or their places: layer1,layer2 or 0.25,0.5 or -3,-1. What is the name of a "
+        "module is that module."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
@@ -97,7 +104,7 @@ def inspect(
     from offramp.cli.inspection import Inspection
 
     backbone, example = backbone_of(network, shape)
-    wanted = _exits(exits)
+    wanted = _exits(exits, backbone)
     found = profile(backbone, *as_call(example), cost)
     # By name: measured again, latency would be another, and the places perhaps too.
     places = [place.name for place in resolve(found, wanted)]
@@ -195,7 +202,9 @@ def fit(
     out.mkdir(parents=True, exist_ok=True)  # rather now than after the training
     torch.manual_seed(seed)
     backbone, example = backbone_of(network, shape)
-    places, heads = (_exits(exits or "3"), None) if planned is None else read_plan(planned)
+    places, heads = (
+        (_exits(exits or "3", backbone), None) if planned is None else read_plan(planned)
+    )
     model = attach(backbone, example, exits=places, heads=heads or "auto", cascade=cascade)
     history = train(
         model,
@@ -453,20 +462,31 @@ def _show(facts: dict[str, Any], shown: RenderableType, as_json: bool) -> None:
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
-def _exits(text: str) -> int | list[int | float | str]:
-    """A number of exits, or a list of fractions, indices and paths."""
-    if text.isdigit():
+def _exits(text: str, backbone: nn.Module) -> int | list[int | float | str]:
+    """A number of exits, or a list of fractions, indices and paths.
+
+    Modules of an ``nn.Sequential`` have numbers for names: what is written as a module is called,
+    is that module, and a fraction of that spelling is written without its zero, or with another.
+    """
+    if text.isdecimal():
         return int(text)
+    modules = {name for name, _ in backbone.named_modules() if name}
     places: list[int | float | str] = []
-    for word in text.split(","):
+    for word in map(str.strip, text.rstrip(",").split(",")):
         try:
             number = float(word)
         except ValueError:
-            places.append(word.strip())
+            number = None
+        if number is None or word in modules:
+            places.append(word)
         else:
             places.append(int(number) if number.is_integer() else number)
     return places

@@ -38,17 +38,20 @@ def class_names(text: str | None) -> list[str] | None:
     """Names of classes: separated by commas, or one on each line of a file of that name.
 
     Raises:
-        DataError: the file cannot be read as text.
+        DataError: the file cannot be read as text, or there is none where the name is one.
     """
     if text is None:
         return None
     try:
         if Path(text).is_file():
-            return Path(text).read_text("utf-8").splitlines()
+            lines = Path(text).read_text("utf-8-sig").rstrip().splitlines()
+            return [line.strip() for line in lines]
     except ValueError as error:
         raise DataError(f"--classes {text!r} cannot be read as text: {error}.") from error
     except OSError:  # too long for the name of a file
         pass
+    if Path(text).suffix == ".txt":
+        raise DataError(f"There is no file {text!r} for --classes. Give one, or names with commas.")
     return [name.strip() for name in text.split(",")]
 
 

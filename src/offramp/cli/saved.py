@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -51,7 +52,9 @@ def save_model(
     # The hashes of the training samples go along: recording those again is then found out.
     tensors = {**model.state_dict(), SEEN: model.training_fingerprints}
     part = folder / f".{TENSORS}.part"
-    save_file({name: value.contiguous() for name, value in tensors.items()}, part)
+    # Each with memory of its own: the file format knows no tensors that share it.
+    apart = {n: v.clone(memory_format=torch.contiguous_format) for n, v in tensors.items()}
+    save_file(apart, part)
     os.replace(part, folder / TENSORS)
     part = folder / f".{ABOUT}.part"
     part.write_text(json.dumps(about, indent=2) + "\n", "utf-8")
@@ -81,6 +84,11 @@ def load_model(folder: Path) -> tuple[MultiExitModel, Any]:
             "Update offramp."
         )
     _complete(folder / ABOUT, about, ("network", "shape", "places"))
+    if not isinstance(about["network"], str) or not isinstance(about["shape"], str | None):
+        raise ArtifactError(
+            f"{folder / ABOUT} is damaged: network and shape are texts, got {about['network']!r} "
+            f"and {about['shape']!r}. Write it again."
+        )
     _complete(folder / TENSORS, tensors, (SEEN,))
     backbone, example = backbone_of(about["network"], about["shape"])
     model = attach(

@@ -56,7 +56,7 @@ def _largest_probability(graph: fx.Graph, node: fx.Node) -> None:
     chain = [node]
     for target in (_ATEN.sum.dim_IntList, _ATEN.exp.default, _ATEN.sub.Tensor, _ATEN.amax.default):
         source = chain[-1].args[-1 if target is _ATEN.amax.default else 0]
-        if not isinstance(source, fx.Node) or source.target is not target:
+        if not isinstance(source, fx.Node) or source.target is not target or source.kwargs:
             return
         chain.append(source)
     _, total, _, difference, largest = chain
@@ -90,7 +90,8 @@ def _with_its_weight(graph: fx.Graph, node: fx.Node) -> None:
         parameter = user.args[1] if len(user.args) == 2 and not user.kwargs else None
         if not isinstance(parameter, fx.Node) or parameter.op not in ("placeholder", "get_attr"):
             return
-        if list(_tensor(parameter).shape) != shape:
+        alike = _tensor(parameter).dtype == _tensor(node).dtype
+        if list(_tensor(parameter).shape) != shape or not alike:
             return
         found.append(parameter)
         end = user

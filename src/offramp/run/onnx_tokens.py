@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -11,7 +11,6 @@ __all__ = ["flatten_tokens"]
 
 _ATEN = torch.ops.aten
 _OF_EACH_NUMBER = {
-    _ATEN.clone.default,  # what a dropout may be exported as
     _ATEN.dropout.default,
     _ATEN.gelu.default,
     _ATEN.relu.default,
@@ -26,7 +25,8 @@ def flatten_tokens(graph: fx.Graph) -> None:
 
     Of more than two dimensions an engine computes a product and then adds the bias, in two kernels;
     of two it does so in one. Sums, layer norms and functions of each number are the same in either
-    form, so that tokens stay flat from one layer to the next.
+    form, so that tokens stay flat from one layer to the next. Nothing in the graph may be written
+    in place.
     """
     flat: dict[fx.Node, fx.Node] = {}
     for node in list(graph.nodes):
@@ -52,23 +52,27 @@ def _to_flatten(node: fx.Node, flat: dict[fx.Node, fx.Node]) -> list[fx.Node]:
     first: Any = next(iter(node.args), None)
     if node.target is _ATEN.add.Tensor:
         both = [arg for arg in node.args if isinstance(arg, fx.Node)]
-        alike = all(_sizes(arg) == _sizes(node) for arg in both)
-        return both if len(both) == 2 and alike and not flat.keys().isdisjoint(both) else []
+        worth = len(both) == 2 and not flat.keys().isdisjoint(both)
+        return both if worth and all(_sizes(arg) == _sizes(node) for arg in both) else []
     if node.target is _ATEN.linear.default:
-        worth = first in flat or len(node.args) > 2  # has a bias
+        matrix = _tensor(cast(fx.Node, node.args[1])).ndim == 2
+        worth = matrix and (first in flat or len(node.args) > 2)  # has a bias
     elif node.target is _ATEN.layer_norm.default:
         shape: Any = node.args[1]
         worth = first in flat and len(shape) == 1
+    elif node.target is _ATEN.clone.default:  # what a dropout may be exported as
+        worth = first in flat and not node.kwargs
     else:
         worth = node.target in _OF_EACH_NUMBER and first in flat
     return [first] if worth else []
 
 
 def _is_of_tokens(node: fx.Node) -> bool:
-    """Whether it has three or more dimensions, all of them known but the first."""
+    """Whether it is of floats in three or more dimensions, all of them known but the first."""
     value = node.meta.get("val") if node.op == "call_function" else None
     return (
         isinstance(value, Tensor)
+        and value.is_floating_point()
         and value.ndim > 2
         and all(isinstance(size, int) and size for size in value.shape[1:])
     )
@@ -81,8 +85,11 @@ def _reshaped(graph: fx.Graph, source: fx.Node, sizes: list[int], value: Tensor)
 
 
 def _sizes(node: fx.Node) -> list[str]:
-    """By what they are called: to compare an open size with a number would settle it."""
-    return [str(size) for size in _tensor(node).shape]
+    """By what they are called: to compare an open size with a number would settle it.
+
+    A size itself, which may be added to a tensor, has none.
+    """
+    return [str(size) for size in getattr(node.meta["val"], "shape", ())]
 
 
 def _tensor(node: fx.Node) -> Tensor:

@@ -62,11 +62,17 @@ class Runner:
         exits: ``"active"``: exits that the policy switched off are left out, head and all;
             ``"all"``: every exit is kept, so that the runner can be recorded.
 
+    Attributes:
+        training_fingerprints: hashes of the samples that the model was trained on, by which
+            ``record`` knows them; ``None`` where the runner was loaded from a file.
+
     Raises:
         StageError: the model cannot be cut.
         EqualityError: the stages do not reproduce the model; names the first module that differs.
         PolicyError: the policy is for another number of exits.
     """
+
+    training_fingerprints: Tensor | None = None
 
     def __init__(
         self,
@@ -113,6 +119,7 @@ class Runner:
                 names.remove(loaded.name)
             else:
                 break
+        self.training_fingerprints = model.training_fingerprints
         self.measure()
 
     @classmethod

@@ -143,7 +143,8 @@ def train(
     remember(model, _batches(images, images.train))
     kept = out / "model.safetensors"
     part = kept.with_suffix(".part")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, part)
+    state = model.state_dict().items()
+    save_file({n: v.clone(memory_format=torch.contiguous_format) for n, v in state}, part)
     os.replace(part, kept)
     return model.eval()
 
