@@ -38,7 +38,7 @@ from benchmarks.writing import processor, versions, write_result
 
 HERE = Path(__file__).parent
 PACKAGES = ("torch", "lightning", "numpy", "onnxruntime", "onnx", "transformers")
-# The same for the plain network. B-ResNet-110 wants a device: two cores take five hours.
+# The same for the plain network. B-ResNet-110 wants a device.
 EPOCHS = {
     "b-lenet": 20,
     "b-alexnet": 30,

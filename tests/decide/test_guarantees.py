@@ -21,7 +21,7 @@ from offramp.decide import (
     replay,
 )
 from offramp.decide.criteria import Confidence
-from offramp.decide.guarantees import Promise, Risk, promised
+from offramp.decide.guarantees import Promise, Risk, promised, verdicts
 from offramp.decide.guarantees import promise as promise_module
 from offramp.decide.guarantees.bounded import bets, betting_log_wealth, hoeffding_bentkus
 from offramp.decide.guarantees.exact import ScoreTest, binomial_limit, enough, score_test
@@ -490,6 +490,15 @@ def test_that_many_do():
             assert bool(test.passes(sums * needed, needed, error)[0])
             assert not bool(test.passes(sums * (needed - 1), needed - 1, error)[0])
             assert test.needed(needed, error) is None
+
+
+def test_few_exact_tests_tell_how_many_are_needed(monkeypatch):
+    made = []
+    exact = verdicts.score_test
+    monkeypatch.setattr(verdicts, "score_test", lambda *given: made.append(given) or exact(*given))
+    needed = Test(Risk.named("accuracy gap"), 0.01, "auto").needed(100, 0.049)
+    assert needed >= enough(0.01, 0.049)
+    assert 1 <= len(made) <= 3
 
 
 def test_groups_of_one_name_the_group():

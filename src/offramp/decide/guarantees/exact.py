@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["ScoreTest", "binomial_limit", "enough", "score_test"]
+__all__ = ["SPARED", "ScoreTest", "binomial_limit", "enough", "score_test"]
 
 ROOMS = 6.5  # standard deviations that are summed to each side: beyond lies less than 1e-10
 DENSE = 0.5  # step of the nuisance rate, in its own standard deviations

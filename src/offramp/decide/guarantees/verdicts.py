@@ -14,7 +14,7 @@ from offramp.decide.guarantees.bounded import (
     hoeffding_bentkus,
     mixed,
 )
-from offramp.decide.guarantees.exact import binomial_limit, enough, score_test
+from offramp.decide.guarantees.exact import SPARED, binomial_limit, enough, score_test
 from offramp.decide.guarantees.risks import Risk
 from offramp.errors import PolicyError, unknown_name
 
@@ -128,8 +128,15 @@ class Test:
 
 @lru_cache(maxsize=256)
 def _least(risk: Risk, bound: float, kind: str, error: float) -> int | None:
-    """How many samples without any loss pass, by doubling and halving."""
+    """How many samples without any loss pass, by doubling and halving.
+
+    An exact test of many samples takes long to make: of fewer than are tried first, none passes, as
+    no gain and no loss at all would be too likely where no sample gains.
+    """
     test = Test(risk, bound, kind)
+    if kind == "score":
+        few = enough(bound, (1 - SPARED) * error)
+        return next((n for n in range(few, MOST) if test._silent(n, error)), None)
     low, high = 0, 1
     while not test._silent(high, error):
         low, high = high, 2 * high
