@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
@@ -114,6 +115,54 @@ def test_takes_up_where_it_stopped(model, tmp_path, monkeypatch):
     assert torch.equal(trace.logits, record(model, batches(), progress=False).logits)
     assert torch.equal(Trace.load(path).logits, trace.logits)
     assert [file.name for file in tmp_path.iterdir()] == ["t.safetensors"]
+
+
+def test_what_was_recorded_before_an_interruption_is_kept(model, tmp_path):
+    """However little it was; but not where the data are at fault."""
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(Interrupted):
+        record(Counting(model, stop_after=2), batches(), path=path, progress=False)
+    again = Counting(model)
+    record(again, batches(), path=path, progress=False)
+    assert again.calls == 1
+    path.unlink()
+    mixed = [*batches(1), *batches(1, labels=False)]
+    with pytest.raises(DataError, match="labels for some batches"):
+        record(model, mixed, path=path, progress=False)
+    with pytest.raises(DataError, match="yielded no samples"):
+        record(model, [], path=path, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slow_recording_is_written_as_time_goes_by(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["offramp.decide.record"], "SHARD_SECONDS", 0.0)
+    seen = []
+
+    class Looking(Counting):
+        def forward(self, x):
+            seen.append(len(list(tmp_path.glob(".t.safetensors.shards/*.safetensors"))))
+            return super().forward(x)
+
+    record(Looking(model), batches(), path=tmp_path / "t.safetensors", progress=False)
+    assert seen == [0, 1, 2]
+
+
+def test_a_recording_of_what_has_other_exits_is_not_mixed_in(model, tmp_path):
+    """Of a model that is no module, there are no parameters to compare."""
+
+    class Plain:
+        def __init__(self, costs, stop_after=None):
+            self.model = Counting(model, stop_after)
+            self.costs, self.places, self.num_exits = costs, model.places, model.num_exits
+
+        def __call__(self, x):
+            return self.model(x)
+
+    path, other = tmp_path / "t.safetensors", dataclasses.replace(model.costs, unit="other")
+    with pytest.raises(Interrupted):
+        record(Plain(model.costs, stop_after=2), batches(), path=path, progress=False)
+    with pytest.raises(TraceError, match="recording of another model"):
+        record(Plain(other), batches(), path=path, progress=False)
 
 
 def test_fewer_than_were_recorded_before_are_cut(model, tmp_path, monkeypatch):

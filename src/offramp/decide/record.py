@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from offramp.build.batch import Batch, fingerprints, unpack
 from offramp.decide.trace import Trace
-from offramp.errors import DataError, TraceError
+from offramp.errors import DataError, OfframpError, TraceError
 
 __all__ = ["record"]
 
-SHARD_BYTES = 64 << 20  # logits held before they go to disk, when there is a disk to go to
+# Logits are held so long before they go to disk, when there is a disk to go to.
+SHARD_BYTES = 64 << 20
+SHARD_SECONDS = 60.0
 TRAINING_SHARE = 0.01  # below it, a few equal samples are duplicates in the data, not reuse
 
 
@@ -65,7 +68,7 @@ def record(
     if path is not None and Path(path).is_dir():
         raise DataError(f"path={str(path)!r} is a folder. Give the name of a .safetensors file.")
     held = _Held(None if path is None else Path(path), _digest(model))
-    with _prepared(model, device) as place:
+    with _prepared(model, device) as place, held.kept():
         select = getattr(model, "select", None)
         for batch in _batches(loader, max_samples, progress, select):
             marks = fingerprints(batch)
@@ -108,6 +111,7 @@ class _Held:
     samples: int = 0
     known: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     passed: int = 0
+    written: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         if self.path is None:
@@ -147,8 +151,25 @@ class _Held:
             )
         self.blocks.append((logits, labels, marks))
         self.samples += len(marks)
-        if self.path is not None and sum(b[0].nbytes for b in self.blocks) >= SHARD_BYTES:
+        due = sum(b[0].nbytes for b in self.blocks) >= SHARD_BYTES
+        if self.path is not None and (due or time.monotonic() - self.written >= SHARD_SECONDS):
             self.flush()
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """What is in memory is written where something breaks that is no fault of the data."""
+        try:
+            yield
+        except OfframpError:
+            raise
+        except BaseException:
+            if self.path is not None and self.blocks:
+                self.flush()
+            raise
+        finally:
+            if self.path is not None and not self.shards:
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
 
     def flush(self) -> None:
         logits, labels, marks = _join(self.blocks)
@@ -161,6 +182,7 @@ class _Held:
         os.replace(part, shard)
         self.shards.append(shard)
         self.blocks.clear()
+        self.written = time.monotonic()
 
     def finish(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Everything, in the order in which it came."""
@@ -287,7 +309,7 @@ def _prepared(model: Any, device: str | torch.device | None) -> Iterator[torch.d
 
 def _digest(model: Any) -> str:  # noqa: ANN401
     """What tells one model's shards from another's."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(repr((model.num_exits, model.places, model.costs)).encode())
     if isinstance(model, torch.nn.Module):
         for name, value in model.state_dict().items():
             digest.update(name.encode())
