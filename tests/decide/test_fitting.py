@@ -202,3 +202,19 @@ def test_what_wraps_a_fitted_rule_was_fitted_on_its_samples():
 def test_samples_are_known_where_some_exits_are_left_out():
     trace = random_trace(2000)
     assert trace.samples.overlap(trace.keep_exits([0, 2]).subset(torch.arange(500))) == 500
+
+
+def test_samples_are_known_by_their_inputs_where_logits_differ_in_their_last_bits():
+    """As they do at another batch size."""
+    inputs = torch.arange(2000) * 7
+    one = replace(random_trace(2000), inputs=inputs)
+    again = replace(one, logits=one.logits * (1 + 1e-7))
+    rule = fit_ensemble(one)
+    with pytest.raises(TraceError, match="was fitted on 2000 of the 2000"):
+        calibrate(again, rule, max_accuracy_drop=0.05, confidence=0.9)
+    some = again.keep_exits([0, 2]).subset(torch.arange(500))
+    assert one.samples.overlap(some) == 500
+    assert one.samples.overlap(replace(again, inputs=inputs + 1)) == 0
+    assert one.samples.overlap(replace(again, inputs=None)) == 0  # nothing else tells
+    assert one.samples.overlap(replace(some, logits=one.keep_exits([0, 2]).logits[:, :500],
+                                       inputs=None)) == 500  # fmt: skip

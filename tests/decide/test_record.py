@@ -71,6 +71,14 @@ def test_stops_after_so_many(model):
     assert torch.equal(trace.labels, torch.cat([y for _, y in batches()])[:8])
 
 
+def test_inputs_are_known_at_any_batch_size(model, tmp_path):
+    trace = record(model, batches(), path=tmp_path / "t.safetensors", progress=False)
+    rows = [(x[k : k + 1], y[k : k + 1]) for x, y in batches() for k in range(6)]
+    assert torch.equal(record(model, rows, progress=False).inputs, trace.inputs)
+    assert len(trace.inputs.unique()) == 18
+    assert torch.equal(Trace.load(tmp_path / "t.safetensors").inputs, trace.inputs)
+
+
 def test_training_samples_are_recognised(model):
     marks = torch.cat([fingerprints(unpack(batch)) for batch in batches()])
     model.training_fingerprints = marks.sort().values

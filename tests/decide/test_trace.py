@@ -125,17 +125,17 @@ def test_kept_exits_cost_what_they_did():
         trace.keep_exits([3])
 
 
-@pytest.mark.parametrize("name", ["head_costs", "groups"])
+@pytest.mark.parametrize("name", ["head_costs", "groups", "inputs"])
 def test_changed_costs_and_groups_are_found(tmp_path, name):
     trace = random_trace(20)
     path = tmp_path / "a.safetensors"
-    replace(trace, groups=torch.arange(20) % 2).save(path)
+    replace(trace, groups=torch.arange(20) % 2, inputs=torch.arange(20)).save(path)
     with safe_open(path, framework="pt") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         about = file.metadata()
     tensors[name] = tensors[name].flip(0)
     save_file({k: v.contiguous() for k, v in tensors.items()}, path, metadata=about)
-    with pytest.raises(TraceError, match="its costs or groups are not those"):
+    with pytest.raises(TraceError, match="its costs, groups or inputs are not those"):
         Trace.load(path)
 
 

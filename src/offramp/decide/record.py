@@ -93,6 +93,7 @@ def record(
         places=places if len(places) == len(logits) else (*places, "backbone"),
         source=source or "unknown",
         cascade=costs.cascade,
+        inputs=marks,
     )
     if path is not None:
         trace.save(path)

@@ -41,6 +41,8 @@ class Trace:
         groups: (N,) int64 group of each sample, or ``None``; promises can be asked for each.
         cascade: whether each head reads the one before it, which then runs also where its own exit
             is off.
+        inputs: (N,) int64 hash of each sample's input, or ``None``, by which samples that were used
+            before are known; :func:`record` keeps them.
 
     Raises:
         TraceError: shapes that do not fit, NaN or infinite logits, labels out of range, costs that
@@ -56,6 +58,7 @@ class Trace:
     source: str = "unknown"
     groups: Tensor | None = None
     cascade: bool = False
+    inputs: Tensor | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # frozen for its users; normalised here, once
@@ -65,6 +68,7 @@ class Trace:
         put(self, "stage_costs", _costs("stage_costs", self.stage_costs, exits))
         put(self, "head_costs", _costs("head_costs", self.head_costs, exits))
         put(self, "groups", _integers("groups", self.groups, samples))
+        put(self, "inputs", _integers("inputs", self.inputs, samples))
         if float(self.stage_costs.sum()) <= 0:
             raise TraceError(
                 "stage_costs of the trace sum to 0, so no exit could save anything. "
@@ -153,6 +157,7 @@ class Trace:
             logits=self.logits[:, index],
             labels=None if self.labels is None else self.labels[index],
             groups=None if self.groups is None else self.groups[index],
+            inputs=None if self.inputs is None else self.inputs[index],
         )
 
     def split(self, fraction: float, seed: int = 0) -> tuple[Trace, Trace]:
@@ -211,8 +216,9 @@ class Trace:
         tensors["head_costs"] = self.head_costs
         if self.labels is not None:
             tensors["labels"] = self.labels
-        if self.groups is not None:
-            tensors["groups"] = self.groups
+        for name, value in (("groups", self.groups), ("inputs", self.inputs)):
+            if value is not None:
+                tensors[name] = value
         about = {
             "schema": SCHEMA,
             "kind": "trace",
@@ -252,6 +258,7 @@ class Trace:
             source=str(about["source"]),
             groups=tensors.get("groups"),
             cascade=bool(about.get("cascade", False)),
+            inputs=tensors.get("inputs"),
         )
         if trace.fingerprint != about["fingerprint"]:
             raise TraceError(
@@ -290,8 +297,8 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
         raise TraceError(f"{path} is damaged: it lacks {sorted(missing)}. Record the trace again.")
     if about.get("rest", found := _rest(tensors)) != found:
         raise TraceError(
-            f"{path} is damaged: its costs or groups are not those that were written. Record the "
-            f"trace again."
+            f"{path} is damaged: its costs, groups or inputs are not those that were written. "
+            f"Record the trace again."
         )
     return about, tensors
 
@@ -303,7 +310,7 @@ _TENSORS = ("logits", "stage_costs", "head_costs")
 def _rest(tensors: Mapping[str, Tensor]) -> str:
     """The sha256 of what the fingerprint leaves out."""
     digest = hashlib.sha256()
-    for name in ("stage_costs", "head_costs", "groups"):
+    for name in ("stage_costs", "head_costs", "groups", "inputs"):
         if name in tensors:
             digest.update(name.encode())
             digest.update(tensors[name].contiguous().numpy().data.cast("B"))
