@@ -112,6 +112,7 @@ class _Held:
     samples: int = 0
     known: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     passed: int = 0
+    held: int = 0  # bytes of logits in memory
     written: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -152,8 +153,9 @@ class _Held:
             )
         self.blocks.append((logits, labels, marks))
         self.samples += len(marks)
-        due = sum(b[0].nbytes for b in self.blocks) >= SHARD_BYTES
-        if self.path is not None and (due or time.monotonic() - self.written >= SHARD_SECONDS):
+        self.held += logits.nbytes
+        late = time.monotonic() - self.written >= SHARD_SECONDS
+        if self.path is not None and (late or self.held >= SHARD_BYTES):
             self.flush()
 
     @contextlib.contextmanager
@@ -183,7 +185,7 @@ class _Held:
         os.replace(part, shard)
         self.shards.append(shard)
         self.blocks.clear()
-        self.written = time.monotonic()
+        self.held, self.written = 0, time.monotonic()
 
     def finish(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Everything, in the order in which it came."""
