@@ -8,7 +8,6 @@ the network, one sets the thresholds, one measures.
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from offramp.decide.calibrate import calibrate
 from offramp.decide.policy import Policy, replay
 from offramp.decide.record import record
 from offramp.decide.trace import Trace
+from offramp.files import replaced
 from offramp.run.engines import OnnxRuntime
 from offramp.run.runner import Runner
 from offramp.run.timing import compare
@@ -128,10 +128,8 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     data = digits(seed)
     model = _trained(data.train, todo, seed, progress, say)
-    save_file(
-        {name: value.contiguous() for name, value in model.state_dict().items()},
-        out / "model.safetensors",
-    )
+    with replaced(out / "model.safetensors") as part:
+        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, part)
 
     say("recording what every exit says on samples that training never saw")
     calibration = record(model, _batches(data.calibration), source="calibration", progress=False)
@@ -271,6 +269,5 @@ def _write(out: Path, report: Report) -> None:
 
 
 def _put(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}")
-    part.write_bytes(content)
-    os.replace(part, path)
+    with replaced(path) as part:
+        part.write_bytes(content)

@@ -49,7 +49,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     """Not what another one may be writing just now."""
-    left, young = (tmp_path / f"{FILE_NAME}.{number}.tmp" for number in (1, 2))
+    left, young = (tmp_path / f".{FILE_NAME}.{number}.part" for number in (1, 2))
     for path in (left, young):
         path.write_bytes(b"half")
     os.utime(left, (0, 0))

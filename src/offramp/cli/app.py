@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from rich.console import Console, Group, RenderableType
 
 from offramp.analyse.table import WIDTH
 from offramp.errors import DataError, OfframpError
+from offramp.files import replaced
 
 if TYPE_CHECKING:
     from torch import nn
@@ -460,14 +460,8 @@ def _show(facts: dict[str, Any], shown: RenderableType, as_json: bool) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with replaced(path) as part:
         part.write_bytes(content)
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _exits(text: str, backbone: nn.Module) -> int | list[int | float | str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from offramp.build.model import MultiExitModel, attach
 from offramp.cli.factories import backbone_of
 from offramp.errors import ArtifactError
+from offramp.files import replaced
 from offramp.places.result import SCHEMA as PLAN_SCHEMA
 
 __all__ = ["load_model", "read_plan", "save_model"]
@@ -39,7 +39,6 @@ def save_model(
         shape: of one sample, where that gives no example.
         heads: the names of the heads, where they are not automatic.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     about = {
         "schema": SCHEMA,
         "kind": "model",
@@ -51,14 +50,12 @@ def save_model(
     }
     # The hashes of the training samples go along: recording those again is then found out.
     tensors = {**model.state_dict(), SEEN: model.training_fingerprints}
-    part = folder / f".{TENSORS}.part"
     # Each with memory of its own: the file format knows no tensors that share it.
     apart = {n: v.clone(memory_format=torch.contiguous_format) for n, v in tensors.items()}
-    save_file(apart, part)
-    os.replace(part, folder / TENSORS)
-    part = folder / f".{ABOUT}.part"
-    part.write_text(json.dumps(about, indent=2) + "\n", "utf-8")
-    os.replace(part, folder / ABOUT)
+    with replaced(folder / TENSORS) as part:
+        save_file(apart, part)
+    with replaced(folder / ABOUT) as part:
+        part.write_text(json.dumps(about, indent=2) + "\n", "utf-8")
 
 
 def load_model(folder: Path) -> tuple[MultiExitModel, Any]:

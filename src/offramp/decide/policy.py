@@ -20,8 +20,10 @@ from offramp.decide.criteria import (
     criterion_from_json,
     criterion_to_json,
 )
+from offramp.decide.defaults import usual_defaults
 from offramp.decide.trace import Trace
 from offramp.errors import PolicyError
+from offramp.files import replaced
 
 __all__ = ["Decisions", "Policy", "replay"]
 
@@ -77,8 +79,9 @@ class Policy:
             E - 1 numbers.
 
         Raises:
-            PolicyError: this policy is for another number of exits.
+            PolicyError: this policy, or its criterion, is for another number of exits.
         """
+        self.criterion.check_exits(num_exits)
         if self.thresholds is None:
             return (math.inf,) * (num_exits - 1)
         if len(self.thresholds) != num_exits - 1:
@@ -147,11 +150,9 @@ class Policy:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the policy as JSON."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        part.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", "utf-8")
-        os.replace(part, target)
+        content = json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n"
+        with replaced(Path(path)) as part:
+            part.write_text(content, "utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Policy:
@@ -189,13 +190,14 @@ class Decisions:
     cost: Tensor
 
 
+@usual_defaults()
 def replay(trace: Trace, policy: Policy) -> Decisions:
     """What the policy does to each sample of the trace, in one vectorised pass.
 
     A sample is scored only at the exits that it reaches, as at run time.
 
     Raises:
-        PolicyError: the policy is for another number of exits.
+        PolicyError: the policy, or its criterion, is for another number of exits.
     """
     thresholds = policy.thresholds_for(trace.num_exits)
     active = policy.active(trace.num_exits)

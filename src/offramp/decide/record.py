@@ -21,6 +21,7 @@ from torch import Tensor
 from offramp.build.batch import Batch, fingerprints, unpack
 from offramp.decide.trace import Trace
 from offramp.errors import DataError, OfframpError, TraceError
+from offramp.files import replaced
 
 __all__ = ["record"]
 
@@ -180,9 +181,8 @@ class _Held:
         if labels is not None:
             tensors["labels"] = labels
         shard = self.folder / f"{len(self.shards):06d}.safetensors"
-        part = shard.with_suffix(".part")
-        save_file(tensors, part, metadata={"offramp": json.dumps({"model": self.model})})
-        os.replace(part, shard)
+        with replaced(shard) as part:
+            save_file(tensors, part, metadata={"offramp": json.dumps({"model": self.model})})
         self.shards.append(shard)
         self.blocks.clear()
         self.held, self.written = 0, time.monotonic()
@@ -213,7 +213,7 @@ def _join(
     labels = [block[1] for block in blocks if block[1] is not None]
     marks = torch.cat([block[2] for block in blocks])
     exits, _, classes = blocks[0][0].shape
-    joined = torch.empty(exits, len(marks), classes)
+    joined = torch.empty(exits, len(marks), classes, dtype=torch.float32)
     start = 0
     while blocks:
         logits = blocks.pop(0)[0]

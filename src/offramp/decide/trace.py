@@ -18,6 +18,7 @@ from torch import Tensor
 
 from offramp.decide.samples import Samples
 from offramp.errors import TraceError
+from offramp.files import replaced
 
 __all__ = ["Trace"]
 
@@ -229,14 +230,12 @@ class Trace:
             "cascade": self.cascade,
             "rest": _rest(tensors),
         }
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        save_file(
-            {name: value.contiguous() for name, value in tensors.items()},
-            part,
-            metadata={"offramp": json.dumps(about)},
-        )
-        os.replace(part, target)
+        with replaced(target) as part:
+            save_file(
+                {name: value.contiguous() for name, value in tensors.items()},
+                part,
+                metadata={"offramp": json.dumps(about)},
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Trace:

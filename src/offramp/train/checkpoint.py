@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from offramp.errors import TrainingError
+from offramp.files import replaced
 
 __all__ = [
     "FILE_NAME",
@@ -107,18 +108,14 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
     # Tied tensors share memory, which the format does not know: each is written whole.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in checkpoint.tensors.items()}
     data = save(tensors, metadata={"offramp": json.dumps(header)})
-    path, temporary = folder / FILE_NAME, folder / f"{FILE_NAME}.{os.getpid()}.tmp"
+    path = folder / FILE_NAME
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
-        with temporary.open("wb") as file:
+        with replaced(path) as part, part.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise TrainingError(
             f"The checkpoint {str(path)!r} ({len(data) / 1e6:.1f} MB) could not be written: "
             f"{error}. The one before is untouched. Make room or choose another folder, and call "
@@ -129,7 +126,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> Path:
 
 def _sweep(folder: Path) -> None:
     """Remove what writers left that were killed; one that is still at it has a young file."""
-    for left in folder.glob(f"{FILE_NAME}.*.tmp"):
+    for left in folder.glob(f".{FILE_NAME}.*.part"):
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > _ABANDONED:
                 left.unlink()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from offramp.decide.policy import Policy
 from offramp.decide.record import record
 from offramp.decide.trace import Trace
 from offramp.errors import TrainingError
+from offramp.files import replaced
 from offramp.train.checkpoint import FILE_NAME
 from offramp.train.data import distinct
 from offramp.train.loop import fit
@@ -141,11 +141,9 @@ def train(
     )
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     remember(model, _batches(images, images.train))
-    kept = out / "model.safetensors"
-    part = kept.with_suffix(".part")
     state = model.state_dict().items()
-    save_file({n: v.clone(memory_format=torch.contiguous_format) for n, v in state}, part)
-    os.replace(part, kept)
+    with replaced(out / "model.safetensors") as part:
+        save_file({n: v.clone(memory_format=torch.contiguous_format) for n, v in state}, part)
     return model.eval()
 
 
@@ -197,7 +195,8 @@ def note(out: Path, now: Mapping[str, object]) -> None:
                 f"{now[name]}. Choose another folder, or remove this one to train anew."
             )
         kept = {**before, **kept}
-    _write(path, json.dumps(kept, indent=1))
+    with replaced(path) as part:
+        part.write_text(json.dumps(kept, indent=1), "utf-8")
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -212,16 +211,10 @@ def digest(tensors: Iterable[Tensor]) -> str:
 def judge(test: Trace, policy: Policy, out: Path, drop: float, seed: int) -> Report:
     """The report on a policy whose thresholds were allowed so large a drop; kept in ``out``."""
     report = evaluate(test, policy, tolerance=max(TOLERANCE, drop), seed=seed)
-    _write(out / "report.json", report.to_json())
+    content = report.to_json()
+    with replaced(out / "report.json") as part:
+        part.write_text(content, "utf-8")
     return report
-
-
-def _write(path: Path, content: str) -> None:
-    """A file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(content, "utf-8")
-    os.replace(part, path)
 
 
 def plain_phases(num_exits: int, epochs: int) -> list[Phase]:

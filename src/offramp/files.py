@@ -1,0 +1,35 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = ["replaced"]
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A path beside another, to write to: when the block ends, it takes the other's place.
+
+    Where the block or the disk fails, nothing of it is left, and what stood there still does. Its
+    name is its own, so that several writers do not meet in it: the last to end has written.
+
+    Args:
+        path: what is written or replaced; its folder is made where there is none.
+
+    Yields:
+        A path in the same folder, where nothing is yet.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,48 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from offramp.files import replaced
+
+
+def test_a_file_is_replaced_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "kept.txt"
+    for content in ("one", "two"):
+        with replaced(path) as part:
+            part.write_text(content, "utf-8")
+            assert not path.exists() or path.read_text("utf-8") == "one"
+        assert path.read_text("utf-8") == content
+    assert [left.name for left in path.parent.iterdir()] == ["kept.txt"]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_fails_leaves_what_was_there(tmp_path: Path, begun: bool) -> None:
+    path = tmp_path / "kept.txt"
+    path.write_text("before", "utf-8")
+
+    def write() -> None:
+        with replaced(path) as part:
+            if begun:
+                part.write_text("half", "utf-8")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    with pytest.raises(FileNotFoundError), replaced(path):
+        pass  # nothing was written
+    assert path.read_text("utf-8") == "before"
+    assert [left.name for left in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "kept.txt"
+    with replaced(path) as one:
+        one.write_text("one", "utf-8")
+        with replaced(path) as two:
+            two.write_text("two", "utf-8")
+        assert path.read_text("utf-8") == "two"
+    assert path.read_text("utf-8") == "one"
