@@ -9,12 +9,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from offramp.decide import Criterion, Policy, calibrate, criterion, frontier, replay
+from offramp.decide import (
+    Criterion,
+    Policy,
+    calibrate,
+    criterion,
+    fit_ensemble,
+    fit_gates,
+    fit_temperatures,
+    frontier,
+    prune_exits,
+    replay,
+)
 from offramp.decide.methods.search import Search
 from offramp.decide.scored import measure, score
 from offramp.decide.trace import Trace
 from offramp.errors import Infeasible, PolicyError, TraceError
 from tests.decide.rules import random_trace
+from tests.traces import make_trace
 
 TRACE = random_trace(800)
 
@@ -155,6 +167,51 @@ def test_what_the_whole_network_does_not_reach_less_of_it_may():
     policy = calibrate(trace, min_accuracy=0.97)
     assert accuracy(trace, policy) >= 0.97
     assert policy.provenance["achieved"]["cost_ratio"] < 1
+
+
+def test_more_may_be_spent_than_pays_and_is_not():
+    """The last exit mends some hard samples and spoils some easy ones."""
+    trace = make_trace(3000, strengths=(1.5, 3.0, 4.5, 6.0))
+    labels, before, last = trace.labels, trace.logits[-2], trace.logits[-2].clone()
+    right = torch.nn.functional.one_hot(labels, 5).float()
+    best = before.softmax(1).amax(1)
+    luck = torch.rand(3000, generator=torch.Generator().manual_seed(1))
+    last[(best < 0.6) & (luck < 0.6)] = 9 * right[(best < 0.6) & (luck < 0.6)]
+    spoilt = (best > 0.6) & (luck < 0.4)
+    last[spoilt] = 9 * right[spoilt].roll(1, dims=1)
+    trace = replace(trace, logits=torch.cat([trace.logits[:-1], last[None]]))
+    spent = [calibrate(trace, max_cost=budget) for budget in (0.8, 0.9, 1.0, 1.1)]
+    reached = [accuracy(trace, policy) for policy in spent]
+    assert min(reached[1:]) > reached[0] - 0.005, reached
+    alone = (trace.logits.argmax(2) == labels).double().mean(1)
+    assert reached[-1] > float(alone.max()) + 0.03
+    assert spent[-1].provenance["achieved"]["cost_ratio"] < 0.95
+
+
+@pytest.mark.parametrize("how", ["dtype", "device"])
+def test_defaults_of_torch_change_no_threshold(how):
+    """Programs for large models make bfloat16 the default: thresholds must not be that coarse."""
+    before = torch.get_default_dtype()
+    wanted = [calibrate(TRACE, rule, max_cost=0.6) for rule in ("confidence", "patience")]
+    wanted += [calibrate(TRACE, min_agreement=0.8, confidence=0.9)]
+    taken = [replay(TRACE, policy).exit for policy in wanted]
+    try:
+        if how == "dtype":
+            torch.set_default_dtype(torch.bfloat16)
+        else:
+            torch.set_default_device("meta")
+        found = [calibrate(TRACE, rule, max_cost=0.6) for rule in ("confidence", "patience")]
+        found += [calibrate(TRACE, min_agreement=0.8, confidence=0.9)]
+        exits = [replay(TRACE, policy).exit for policy in found]
+        rest = [fit_ensemble(TRACE).weights, fit_temperatures(TRACE).values]
+        fit_gates(TRACE, max_cost=0.6)
+        prune_exits(TRACE, max_cost=0.6)
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+    assert [policy.thresholds for policy in found] == [policy.thresholds for policy in wanted]
+    assert all(map(torch.equal, exits, taken))
+    assert rest == [fit_ensemble(TRACE).weights, fit_temperatures(TRACE).values]
 
 
 def test_provenance_is_json_and_says_where_it_comes_from():

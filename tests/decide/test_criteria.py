@@ -31,6 +31,7 @@ from offramp.decide.criteria import (
     criterion_to_json,
 )
 from offramp.decide.scored import score
+from offramp.decide.trace import Trace
 from offramp.errors import PolicyError
 from tests.decide.rules import EXITS, WEIGHTS, every_rule, random_logits, random_trace
 
@@ -222,6 +223,13 @@ def test_ten_lines_make_a_criterion():
         type("Other", (Criterion,), {"name": "top_ratio_of_the_test"})
 
 
+def test_a_class_of_the_same_name_elsewhere_replaces_none():
+    body = {"name": "entropy", "__module__": "mine"}
+    with pytest.raises(PolicyError, match=r"softmax.Entropy; mine.Entropy needs a name of its own"):
+        type("Entropy", (Criterion,), body)
+    assert type(criterion("entropy")) is Entropy
+
+
 def test_names_and_instances():
     assert isinstance(criterion("margin"), Margin)
     rule = Margin()
@@ -268,11 +276,32 @@ def test_arguments_that_make_no_sense(make, text):
 
 @pytest.mark.parametrize(
     "rule",
-    [Voting([1.0, 1.0]), GeometricEnsemble(WEIGHTS[:2]), Tempered("margin", [1.0]), LearnedGate(2)],
+    [
+        Voting([1.0, 1.0]),
+        GeometricEnsemble(WEIGHTS[:2]),
+        Tempered("margin", [1.0, 1.0]),
+        Tempered(GeometricEnsemble(WEIGHTS[:2]), [1.0, 1.0]),
+        LearnedGate(2),
+    ],
+    ids=lambda rule: rule.name,
 )
 def test_fitted_for_another_network(rule):
-    with pytest.raises(PolicyError, match="exit"):
-        walk(rule)
+    """With fewer exits and with more: what is left of the parameters is not of this network."""
+    for exits in (1, 3):
+        trace = Trace(torch.randn(exits, 20, 5), None, torch.ones(exits), torch.zeros(exits))
+        text = f"{rule.name!r} has parameters for a network of 2 exits, and this one has {exits}"
+        with pytest.raises(PolicyError, match=text):
+            score(trace, rule)
+        for thresholds in (None, [0.5] * (exits - 1)):
+            with pytest.raises(PolicyError, match=text):
+                replay(trace, Policy(rule, thresholds))
+
+
+def test_an_inner_rule_for_another_network():
+    with pytest.raises(PolicyError, match="of 2 exits, and this one has 3"):
+        Tempered(Voting([1.0, 1.0]), [1.0] * 3)
+    with pytest.raises(PolicyError, match="of 2 exits, and this one has 3"):
+        LearnedGate(3, inner=Voting([1.0, 1.0]))
 
 
 def test_a_criterion_that_returns_nonsense_is_named():

@@ -518,6 +518,10 @@ def test_what_cannot_be_promised_at_all():
         ({"max_cost": 0.5}, "max_cost is about cost"),
         ({"max_accuracy_drop": 0.1, "confidence": 95}, "strictly between 0 and 1"),
         ({"max_accuracy_drop": 0.1, "confidence": "high"}, "or 'expectation', got 'high'"),
+        (
+            {"max_accuracy_drop": 0.1, "confidence": "expectation", "bound": "score"},
+            "conformal risk control alone, which has no bound='score'",
+        ),
         ({"max_accuracy_drop": 0.1, "bound": "bennett"}, "Unknown bound 'bennett'"),
         ({"max_accuracy_drop": 0.1, "bound": "clopper-pearson"}, "for losses of 0 or 1"),
         ({"min_agreement": 0.9, "bound": "score"}, "for losses of -1, 0 or 1"),

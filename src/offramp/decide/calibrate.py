@@ -14,6 +14,7 @@ from torch import Tensor
 from offramp.decide import gains as worth
 from offramp.decide.criteria import Criterion
 from offramp.decide.criteria import criterion as named
+from offramp.decide.defaults import usual_defaults
 from offramp.decide.goals import Goal, Times, resolve, timed
 from offramp.decide.guarantees import Promise, Risk
 from offramp.decide.guarantees.risks import Loss, losses
@@ -34,9 +35,10 @@ METHODS = ("search", *FAMILIES)
 Rule = str | Criterion
 Solver = Callable[[float], Tensor]  # from a budget to thresholds
 
-SURE = 2.0  # standard errors by which everyone at one exit has to be better, to spend less
+SURE = 2.0  # standard errors by which thresholds that spend less have to be better
 HALVINGS = 7  # of the budget, in the search for the cheapest thresholds that are good enough
 GRID = 12  # budgets that are looked at where the largest is not good enough
+LESS = 0.95  # of a budget, where spending all of it does not pay
 SUMMED = 1e-9  # costs that differ by less are the same, summed up in another order
 
 
@@ -55,6 +57,7 @@ class Point:
     accuracy: float
 
 
+@usual_defaults()
 def calibrate(
     trace: Trace,
     criterion: Rule = "confidence",
@@ -141,6 +144,7 @@ def calibrate(
     return task.policy(thresholds, goal)
 
 
+@usual_defaults()
 def frontier(
     trace: Trace,
     criterion: Rule = "confidence",
@@ -240,15 +244,24 @@ class _Task:
     def _or_alone(self, found: Tensor, gain: float, budget: float) -> Tensor:
         """The thresholds, or everyone at one exit where that spends less and is surely better."""
         best = found
-        before = self.right.gather(0, self.scored.exits(found)[None])[0]
         for thresholds, cost, worth_there in self.alone:
             if cost > budget + 1e-12 or worth_there <= gain:
                 continue
-            after = self.right.gather(0, self.scored.exits(thresholds)[None])[0]
-            error = float((after - before).double().std()) / len(after) ** 0.5
-            if math.isinf(gain) or worth_there - gain >= SURE * error:
+            if math.isinf(gain) or self.surely_better(thresholds, found):
                 best, gain = thresholds, worth_there
         return best
+
+    def surely_better(self, new: Tensor, old: Tensor) -> bool:
+        """Whether some thresholds gain more than others, beyond what can be chance."""
+        after, before = (
+            self.right.gather(0, self.scored.exits(thresholds)[None])[0].double()
+            for thresholds in (new, old)
+        )
+        gained = after - before
+        if len(gained) < 2:
+            return False
+        mean, error = float(gained.mean()), float(gained.std()) / len(gained) ** 0.5
+        return mean > 0 and mean >= SURE * error
 
     @cached_property
     def alone(self) -> list[tuple[Tensor, float, float]]:
@@ -312,7 +325,25 @@ def _within(task: _Task, goal: Goal) -> Tensor:
             "that.",
             best,
         )
-    return task.solve(max(least, min(budget, full)))
+    return _no_more_than_pays(task, least, max(least, min(budget, full)))
+
+
+def _no_more_than_pays(task: _Task, least: float, budget: float) -> Tensor:
+    """The thresholds at a budget, or at one below it where they are surely better.
+
+    A search spends what it is given. Where later exits turn right answers wrong, that can be too
+    much: the budget is lowered step by step for as long as nothing is lost by it.
+    """
+    found = best = task.solve(budget)
+    gain = measure(task.scored, best, task.right)[1]
+    while (budget := LESS * budget) > least:
+        tried = task.solve(budget)
+        now = measure(task.scored, tried, task.right)[1]
+        if now < gain:
+            break
+        if now > gain:
+            best, gain = tried, now
+    return best if task.surely_better(best, found) else found
 
 
 def _no_less(value: float) -> str:

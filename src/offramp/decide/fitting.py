@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from offramp.decide.criteria import Criterion, GeometricEnsemble, Tempered
+from offramp.decide.defaults import usual_defaults
 from offramp.decide.samples import Samples
 from offramp.decide.trace import Trace
 from offramp.errors import TraceError
@@ -56,6 +57,7 @@ class Temperatures:
         return rule
 
 
+@usual_defaults()
 def fit_temperatures(trace: Trace) -> Temperatures:
     """The temperature of each exit that makes its probabilities likeliest (Guo et al., 2017).
 
@@ -81,6 +83,7 @@ def fit_temperatures(trace: Trace) -> Temperatures:
     return Temperatures(tuple(values), tuple(before), tuple(after), (trace.samples,))
 
 
+@usual_defaults()
 def fit_ensemble(trace: Trace) -> GeometricEnsemble:
     """A geometric ensemble whose weights are the likeliest (Wołczyk et al., 2021, section 3.2).
 
@@ -191,7 +194,7 @@ def sampled(trace: Trace) -> tuple[Tensor, Tensor]:
     labels = usable(trace, "A stack")
     exits, samples, classes = trace.logits.shape
     rows = max(1, min(samples, ELEMENTS // (exits * classes)))
-    chosen = torch.linspace(0, samples - 1, rows).long()
+    chosen = torch.linspace(0, samples - 1, rows, dtype=torch.float64).long()
     return trace.logits[:, chosen].double().log_softmax(dim=2), labels[chosen]
 
 

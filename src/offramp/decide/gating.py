@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from offramp.decide import gains as worth
 from offramp.decide.criteria import Criterion, LearnedGate
+from offramp.decide.defaults import usual_defaults
 from offramp.decide.fitting import refuse_training
 from offramp.decide.scored import Scored, score
 from offramp.decide.trace import Trace
@@ -33,6 +34,7 @@ HARD = 1e6  # log-odds for one unit of score that leave nothing to chance
 SURE = 2.0  # standard errors by which training for the objective has to be better on held samples
 
 
+@usual_defaults()
 def fit_gates(
     trace: Trace,
     *,

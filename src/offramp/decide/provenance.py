@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor
 from offramp.decide.scored import Scored
 from offramp.decide.trace import Trace
 
-__all__ = ["CELLS", "provenance"]
+__all__ = ["CELLS", "provenance", "seen_before"]
 
 CELLS = 8  # per exit, in which a monitor counts scores: of equal shares on these samples
+REMEMBERED = 64  # samples, by which a later trace is found to have them, too
 
 
 def provenance(trace: Trace, scored: Scored, thresholds: Tensor) -> dict[str, Any]:
@@ -36,15 +38,44 @@ def provenance(trace: Trace, scored: Scored, thresholds: Tensor) -> dict[str, An
     }
     if trace.labels is not None:
         achieved["accuracy"] = float((answers == trace.labels).double().mean())
+    data = {
+        "source": trace.source,
+        "samples": trace.num_samples,
+        "fingerprint": trace.fingerprint,
+    }
+    if trace.inputs is not None:
+        data["inputs"] = _some(trace.inputs)
     return {
-        "data": {
-            "source": trace.source,
-            "samples": trace.num_samples,
-            "fingerprint": trace.fingerprint,
-        },
+        "data": data,
         "achieved": achieved,
         "scores": _cells(scored, taken),
     }
+
+
+def _some(inputs: Tensor) -> list[int]:
+    """Hashes of some samples, always of the same ones: the least of those that come once."""
+    values, counts = inputs.unique(return_counts=True)
+    found: list[int] = values[counts == 1][:REMEMBERED].tolist()
+    return found
+
+
+def seen_before(trace: Trace, provenance: Mapping[str, Any]) -> float:
+    """The share of the calibration samples that a trace has, too, as far as is remembered.
+
+    Args:
+        trace: other samples, or so one hopes.
+        provenance: of a policy.
+
+    Returns:
+        1 for the same trace; 0 where nothing is remembered, or inputs are not known.
+    """
+    data = provenance.get("data", {})
+    if data.get("fingerprint") == trace.fingerprint:
+        return 1.0
+    known = torch.tensor(data.get("inputs", []), dtype=torch.int64)
+    if trace.inputs is None or not len(known):
+        return 0.0
+    return float(torch.isin(known, trace.inputs).double().mean())
 
 
 def _cells(scored: Scored, taken: Tensor) -> list[dict[str, Any]]:
@@ -58,7 +89,7 @@ def _cells(scored: Scored, taken: Tensor) -> list[dict[str, Any]]:
         scores = scored.scores[k, taken == k]
         edges = torch.empty(0)
         if len(scores):
-            wanted = torch.linspace(0, 1, CELLS + 1)[1:-1]
+            wanted = torch.linspace(0, 1, CELLS + 1, dtype=torch.float64)[1:-1]
             edges = scores.sort().values[(wanted * len(scores)).long()].unique()
         counts = torch.bincount(
             torch.bucketize(scores, edges, right=True), minlength=len(edges) + 1

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from offramp.decide import gains as worth
 from offramp.decide.criteria import Criterion, criterion
+from offramp.decide.defaults import usual_defaults
 from offramp.decide.fitting import refuse_training
 from offramp.decide.methods.families import shared
 from offramp.decide.methods.turn import turn
@@ -51,6 +52,7 @@ class Pruned:
     tried: int
 
 
+@usual_defaults()
 def prune_exits(
     trace: Trace,
     max_cost: float,
@@ -155,7 +157,7 @@ class _Judge:
         self.budget, self.samples = budget, whole.num_samples
         self.stages, self.heads = whole.stages.numpy(), whole.heads.numpy()
         pool = whole.scores[:-1].flatten().sort().values
-        places = torch.linspace(0, len(pool) - 1, GRID - 1).long()
+        places = torch.linspace(0, len(pool) - 1, GRID - 1, dtype=torch.float64).long()
         grid = torch.cat([pool[places], torch.tensor([torch.inf])])
         reach = whole.scores[:-1, None] >= grid[None, :, None]
         self.reach = np.packbits(reach.numpy(), axis=-1)

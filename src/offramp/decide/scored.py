@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offramp.decide.criteria import Criterion
+from offramp.decide.defaults import usual_defaults
 from offramp.decide.trace import Trace
 from offramp.errors import PolicyError
 
@@ -99,6 +100,7 @@ class Scored:
         )
 
 
+@usual_defaults()
 def score(trace: Trace, rule: Criterion, loss: Loss | None = None) -> Scored:
     """Run a criterion over a whole trace.
 
@@ -108,9 +110,11 @@ def score(trace: Trace, rule: Criterion, loss: Loss | None = None) -> Scored:
         loss: optionally, of logits (B, C) and labels (B,) the loss of each sample (B,).
 
     Raises:
-        PolicyError: the criterion or the loss returned another shape, or NaN.
+        PolicyError: the criterion is for another number of exits, or it or the loss returned
+            another shape, or NaN.
     """
     exits, samples, _ = trace.logits.shape
+    rule.check_exits(exits)
     scores = torch.empty(exits, samples)
     predictions = torch.empty(exits, samples, dtype=torch.int64)
     losses = None if loss is None else torch.empty(exits, samples, dtype=torch.float64)

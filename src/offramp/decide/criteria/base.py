@@ -33,6 +33,8 @@ class Criterion(nn.Module):
         stateful: whether exits pass state on. Every exit of a stateful rule runs, also where its
             threshold is ``+inf``.
         combines: whether the logits that leave are not those of the exit alone (an ensemble).
+        exits: E of the networks that its parameters are for, the last exit included; ``None`` where
+            they are for any.
         fitted_on: the samples that its parameters were fitted on, so that nothing is promised about
             the same ones; not kept in files.
     """
@@ -40,6 +42,7 @@ class Criterion(nn.Module):
     name: ClassVar[str]
     stateful: ClassVar[bool] = False
     combines: ClassVar[bool] = False
+    exits: int | None = None
     fitted_on: tuple[Samples, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401
@@ -48,10 +51,10 @@ class Criterion(nn.Module):
             return  # abstract in between
         held = _REGISTER.get(cls.name)
         # The same class defined anew (a notebook cell run twice) replaces itself.
-        if held is not None and held.__qualname__ != cls.__qualname__:
+        if held is not None and _whole_name(held) != _whole_name(cls):
             raise PolicyError(
-                f"The criterion name {cls.name!r} already belongs to {held.__qualname__}; "
-                f"{cls.__qualname__} needs a name of its own."
+                f"The criterion name {cls.name!r} already belongs to {_whole_name(held)}; "
+                f"{_whole_name(cls)} needs a name of its own."
             )
         _REGISTER[cls.name] = cls
 
@@ -69,6 +72,21 @@ class Criterion(nn.Module):
             The logits (B, C) to leave with, the score (B,), and the state for the next exit.
         """
 
+    def check_exits(self, num_exits: int) -> None:
+        """Refuse a network that its parameters are not for.
+
+        Args:
+            num_exits: E of the network, the last exit included.
+
+        Raises:
+            PolicyError: they are for another number of exits.
+        """
+        if self.exits not in (None, num_exits):
+            raise PolicyError(
+                f"The criterion {self.name!r} has parameters for a network of {self.exits} exits, "
+                f"and this one has {num_exits}: fit it on a trace of this network."
+            )
+
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON can hold them."""
         return {}
@@ -81,6 +99,10 @@ class Criterion(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, for printing."""
         return ", ".join(f"{name}={value!r}" for name, value in self.config().items())
+
+
+def _whole_name(kind: type[Criterion]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def known() -> list[str]:

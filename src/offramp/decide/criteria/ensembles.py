@@ -47,7 +47,7 @@ class GeometricEnsemble(Criterion):
         weights: K rows for K exits, the last included; row k has the weights of exits 0..k.
 
     Raises:
-        PolicyError: rows of the wrong length, or (when it runs) too few rows.
+        PolicyError: rows of the wrong length, or (when it runs) not as many as exits.
     """
 
     name: ClassVar[str] = "geometric"
@@ -57,6 +57,7 @@ class GeometricEnsemble(Criterion):
     def __init__(self, weights: Sequence[Sequence[float]] | None = None) -> None:
         super().__init__()
         self.weights = None if weights is None else [list(map(float, row)) for row in weights]
+        self.exits = None if self.weights is None else len(self.weights)
         for k, row in enumerate(self.weights or []):
             if len(row) != k + 1:
                 raise PolicyError(
@@ -75,17 +76,10 @@ class GeometricEnsemble(Criterion):
         if self.weights is None:
             joint = seen.mean(dim=1)
         else:
-            joint = (seen * self._row(exit, own).view(1, -1, 1)).sum(dim=1)
+            row = torch.tensor(self.weights[exit], dtype=own.dtype, device=own.device)
+            joint = (seen * row.view(1, -1, 1)).sum(dim=1)
         joint = joint.log_softmax(dim=-1)
         return joint, joint.amax(dim=-1).exp(), (seen,)
-
-    def _row(self, exit: int, like: Tensor) -> Tensor:
-        if self.weights is None or exit >= len(self.weights):
-            raise PolicyError(
-                f"The ensemble has weights for {len(self.weights or [])} exits, and this is exit "
-                f"{exit}: fit it on a trace of this network."
-            )
-        return torch.tensor(self.weights[exit], dtype=like.dtype, device=like.device)
 
 
 class ProductOfExperts(Criterion):

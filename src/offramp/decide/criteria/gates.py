@@ -61,7 +61,8 @@ class LearnedGate(Criterion):
             ensemble, the gates decide about the ensemble's answers.
 
     Raises:
-        PolicyError: fewer than two exits, or (when it runs) more exits than gates.
+        PolicyError: fewer than two exits, or not as many as those that the inner rule or (when it
+            runs) the network has.
     """
 
     name: ClassVar[str] = "gate"
@@ -72,7 +73,9 @@ class LearnedGate(Criterion):
         if exits < 2:
             raise PolicyError(f"Gates need a network of at least 2 exits, got {exits}.")
         self.inner = criterion(inner)
-        self.exits, self.hidden = exits, hidden
+        self.inner.check_exits(exits)
+        self.exits: int = exits
+        self.hidden = hidden
         self.combines = self.inner.combines  # type: ignore[misc]
         self.fitted_on = self.inner.fitted_on
         self.gates = nn.ModuleList(Gate(hidden) for _ in range(exits - 1))
@@ -95,12 +98,7 @@ class LearnedGate(Criterion):
     def forward(self, logits: Tensor, state: State, exit: int) -> tuple[Tensor, Tensor, State]:
         """(B, C) -> inner logits, the gate's score (B,), and what later gates look at."""
         out, features, after = self.look(logits, state, exit)
-        if exit >= self.exits - 1:
-            if exit > self.exits - 1:
-                raise PolicyError(
-                    f"There are gates for a network of {self.exits} exits, and this is exit "
-                    f"{exit}: fit them on a trace of this network."
-                )
+        if exit == self.exits - 1:
             return out, features[:, 0], after
         scaled = (features - self.center[exit]) / self.spread[exit]
         return out, self.gates[exit](scaled), after

@@ -31,7 +31,8 @@ class Tempered(Criterion):
         temperatures: one positive number for each exit, the last included.
 
     Raises:
-        PolicyError: temperatures that are not positive, or (when it runs) too few.
+        PolicyError: temperatures that are not positive, or not as many as the inner criterion's
+            exits or (when it runs) the network's.
     """
 
     name: ClassVar[str] = "tempered"
@@ -44,6 +45,8 @@ class Tempered(Criterion):
             raise PolicyError(
                 f"Temperatures must be positive, one for each exit, got {list(self.temperatures)}."
             )
+        self.exits = len(self.temperatures)
+        self.inner.check_exits(self.exits)
         # As the inner one is: whether exits pass state on, and whether logits are joint.
         self.stateful = self.inner.stateful  # type: ignore[misc]
         self.fitted_on = self.inner.fitted_on
@@ -60,10 +63,5 @@ class Tempered(Criterion):
 
     def forward(self, logits: Tensor, state: State, exit: int) -> tuple[Tensor, Tensor, State]:
         """(B, C) -> logits, the inner score of the tempered ones (B,), the inner state."""
-        if exit >= len(self.temperatures):
-            raise PolicyError(
-                f"There are {len(self.temperatures)} temperatures, and this is exit {exit}: fit "
-                f"them on a trace of this network."
-            )
         joint, score, after = self.inner(logits / self.temperatures[exit], state, exit)
         return joint if self.inner.combines else logits, score, after

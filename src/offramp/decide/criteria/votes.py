@@ -56,7 +56,7 @@ class Voting(Criterion):
         weights: one positive number for each exit, the last included; 1 each by default.
 
     Raises:
-        PolicyError: weights that are not positive, or (when it runs) too few.
+        PolicyError: weights that are not positive, or (when it runs) not as many as exits.
     """
 
     name: ClassVar[str] = "voting"
@@ -68,6 +68,7 @@ class Voting(Criterion):
         self.weights = None if weights is None else tuple(float(value) for value in weights)
         if self.weights is not None and not all(value > 0 for value in self.weights):
             raise PolicyError(f"The weights of votes must be positive, got {list(self.weights)}.")
+        self.exits = None if self.weights is None else len(self.weights)
 
     def config(self) -> dict[str, Any]:
         """The weights."""
@@ -75,11 +76,6 @@ class Voting(Criterion):
 
     def forward(self, logits: Tensor, state: State, exit: int) -> tuple[Tensor, Tensor, State]:
         """(B, C) -> logits whose softmax is the share of votes, score (B,), votes (B, C)."""
-        if self.weights is not None and exit >= len(self.weights):
-            raise PolicyError(
-                f"Voting has {len(self.weights)} weights, and exit {exit} needs one more: give one "
-                f"for each exit, the last included."
-            )
         weight = 1.0 if self.weights is None else self.weights[exit]
         vote = weight * _one_hot(logits.argmax(dim=-1, keepdim=True), logits)
         votes = vote if not state else state[0] + vote

@@ -113,10 +113,18 @@ class ScoreTest:
         # At most so many are at -1; where nearly all are at one end, the rest is rare likewise.
         top = (1 - self.bound) / 2 * (1 - 1e-9)
         rates = torch.cat([rates[rates < top], top - rates[rates < 0.75 * top]])
-        return min(self._at(rate) for rate in rates.tolist())
+        critical = math.inf
+        for rate in rates.tolist():
+            critical = self._at(rate, critical)
+        return critical
 
-    def _at(self, rate: float) -> float:
-        """The critical value if the share at -1 were ``rate`` and the mean the bound."""
+    def _at(self, rate: float, critical: float) -> float:
+        """The critical value if the share at -1 were ``rate`` and the mean the bound, or a lower.
+
+        Args:
+            rate: at -1.
+            critical: what other rates allow: above it nothing is looked at.
+        """
         lost, weight = _around(self.samples, rate + self.bound)
         least, most = int(lost[0]), int(lost[-1])
         given = rate / (1 - rate - self.bound) if rate > 0 else 0.0
@@ -132,13 +140,16 @@ class ScoreTest:
             inner = torch.where(count == 0, 0.0, -torch.inf).expand_as(inner)
         inner = torch.where(count <= rest, inner, -torch.inf)
         mass = (weight[:, None] + inner).exp().flatten()
-        value = self.statistic(lost[:, None], won[None]).flatten()
-        order = value.argsort()
-        tail = mass[order].cumsum(0)
         # What was not summed counts against the claim.
-        missing = max(0.0, 1.0 - float(tail[-1]))
-        over = (tail + missing > (1 - SPARED) * self.error).nonzero()
-        return float(value[order][int(over[0])]) if len(over) else math.inf
+        allowed = (1 - SPARED) * self.error - max(0.0, 1.0 - float(mass.sum()))
+        value = self.statistic(lost[:, None], won[None]).flatten()
+        below = value < critical
+        mass, value = mass[below], value[below]
+        if float(mass.sum()) <= allowed:
+            return critical
+        value, order = value.sort()
+        within = int((mass[order].cumsum(0) <= allowed).sum())
+        return float(value[within]) if within < len(value) else critical
 
 
 @lru_cache(maxsize=256)

@@ -61,6 +61,11 @@ class Promise:
                     f"confidence must be a number such as 0.95, or 'expectation', got "
                     f"{self.confidence!r}."
                 )
+            if self.kind != "auto":
+                raise PolicyError(
+                    f"confidence='expectation' is kept by conformal risk control alone, which has "
+                    f"no bound={self.kind!r}: leave it out, or give a number as confidence."
+                )
         elif not 0 < self.confidence < 1:
             raise PolicyError(
                 f"confidence must lie strictly between 0 and 1, as in confidence=0.95, got "
