@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
 
 import matplotlib as mpl
 import pytest
@@ -12,7 +13,7 @@ from scipy.stats import binomtest
 
 from offramp.analyse import evaluate
 from offramp.analyse.plot import picture
-from offramp.decide import Policy
+from offramp.decide import Policy, calibrate
 from offramp.decide.fitting import fit_ensemble
 from offramp.decide.policy import replay
 from offramp.decide.trace import Trace
@@ -114,12 +115,27 @@ def test_without_labels_it_is_agreement():
 def test_calibrated_on_the_same_trace_warns():
     trace = make_trace()
     policy = Policy("confidence", [0.9] * 3, {"data": {"fingerprint": trace.fingerprint}})
-    with pytest.warns(UserWarning, match="calibrated on this very trace"):
+    with pytest.warns(UserWarning, match="100% of the samples that the policy was calibrated on"):
         found = evaluate(trace, policy)
-    assert "calibrated on this very trace" in str(found)
+    assert "100% of the samples that the policy was calibrated on" in str(found)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate(make_trace(seed=1), policy)
+
+
+def test_calibrated_on_some_of_the_samples_warns():
+    """Also when the policy comes from a file, and the samples in another order, and not all."""
+    trace = replace(make_trace(2000), inputs=torch.arange(2000))
+    policy = Policy.from_json(calibrate(trace, max_cost=0.7).to_json())
+    mixed = torch.randperm(2000, generator=torch.Generator().manual_seed(0))
+    for rows, share in ((mixed, 100), (mixed[:1000], 50)):
+        with pytest.warns(UserWarning, match="samples that the policy was calibrated on") as caught:
+            evaluate(trace.subset(rows), policy)
+        assert abs(int(str(caught[0].message).partition("%")[0]) - share) <= 20
+    held, rest = trace.split(0.5, seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(rest, calibrate(held, max_cost=0.7))
 
 
 def test_a_criterion_fitted_on_some_of_the_samples_warns():

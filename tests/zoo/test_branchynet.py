@@ -123,7 +123,7 @@ def test_what_is_screened_is_known_again_and_watched():
     policy = screen(trace, max_accuracy_drop=0.05, grid=(0.01, 0.3, 1.5))
     assert policy.provenance["method"] == "screening"
     assert policy.provenance["combinations"] == 27
-    with pytest.warns(UserWarning, match="calibrated on this very trace"):
+    with pytest.warns(UserWarning, match="100% of the samples that the policy was calibrated on"):
         offramp.evaluate(trace, policy)
     decided = replay(trace, policy)
     watch = Monitor(policy).observe(decided.score, decided.exit)

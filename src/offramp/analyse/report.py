@@ -19,6 +19,7 @@ from offramp.analyse.intervals import Interval, bootstrap, paired_difference, wi
 from offramp.analyse.overthinking import Overthinking, overthinking
 from offramp.analyse.verdict import Verdict, verdict, with_time
 from offramp.decide.policy import Decisions, Policy, replay
+from offramp.decide.provenance import seen_before
 from offramp.decide.trace import Trace
 from offramp.errors import DataError
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["ExitRow", "Report", "Scored", "evaluate"]
 
 LEVEL = 0.95
+CHANCE = 0.1  # of the calibration samples may be alike others, as where data hold images twice
 SCHEMA = 1
 
 
@@ -223,8 +225,8 @@ def evaluate(
         DataError: a tolerance outside [0, 1], or fewer than one resample.
 
     Warns:
-        UserWarning: the policy was calibrated on this very trace, its criterion was fitted on some
-            of these samples, or the trace holds training data, so that the numbers flatter it.
+        UserWarning: the policy was calibrated on some of these samples, its criterion was fitted on
+            some of them, or the trace holds training data, so that the numbers flatter it.
     """
     if not 0 <= tolerance <= 1 or resamples < 1:
         raise DataError(
@@ -324,10 +326,11 @@ def _exit_rows(
 
 def _notes(trace: Trace, policy: Policy) -> tuple[str, ...]:
     notes = []
-    if trace.fingerprint in _fingerprints(policy.provenance):
+    known = seen_before(trace, policy.provenance)
+    if known > CHANCE:
         notes.append(
-            "The policy was calibrated on this very trace, so these numbers flatter it: "
-            "evaluate on samples that calibration did not see."
+            f"{known:.0%} of the samples that the policy was calibrated on are in this trace, so "
+            "these numbers flatter it: evaluate on samples that calibration did not see."
         )
     shared = max((samples.overlap(trace) for samples in policy.criterion.fitted_on), default=0)
     if shared:
@@ -346,15 +349,6 @@ def _notes(trace: Trace, policy: Policy) -> tuple[str, ...]:
     if trace.labels is None:
         notes.append("No labels: the full network's answers count as right.")
     return tuple(notes)
-
-
-def _fingerprints(value: object) -> set[object]:
-    """All values under a key ``fingerprint`` in nested provenance."""
-    found: set[object] = set()
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            found |= {entry} if key == "fingerprint" else _fingerprints(entry)
-    return found
 
 
 def _baseline(baseline: Baseline) -> dict[str, Any]:
