@@ -38,7 +38,7 @@ Solver = Callable[[float], Tensor]  # from a budget to thresholds
 SURE = 2.0  # standard errors by which thresholds that spend less have to be better
 HALVINGS = 7  # of the budget, in the search for the cheapest thresholds that are good enough
 GRID = 12  # budgets that are looked at where the largest is not good enough
-LESS = 0.95  # of a budget, where spending all of it does not pay
+LESS, STEPS = 0.95, 10  # of a budget, where spending all of it does not pay, again and again
 SUMMED = 1e-9  # costs that differ by less are the same, summed up in another order
 
 
@@ -325,7 +325,10 @@ def _within(task: _Task, goal: Goal) -> Tensor:
             "that.",
             best,
         )
-    return _no_more_than_pays(task, least, max(least, min(budget, full)))
+    budget = max(least, min(budget, full))
+    return (
+        _no_more_than_pays(task, least, budget) if task.method == "search" else task.solve(budget)
+    )
 
 
 def _no_more_than_pays(task: _Task, least: float, budget: float) -> Tensor:
@@ -336,8 +339,10 @@ def _no_more_than_pays(task: _Task, least: float, budget: float) -> Tensor:
     """
     found = best = task.solve(budget)
     gain = measure(task.scored, best, task.right)[1]
-    while (budget := LESS * budget) > least:
-        tried = task.solve(budget)
+    for step in range(1, STEPS + 1):
+        if LESS**step * budget <= least:
+            break
+        tried = task.solve(LESS**step * budget)
         now = measure(task.scored, tried, task.right)[1]
         if now < gain:
             break
