@@ -48,3 +48,8 @@ def test_honest_doubt_is_nought():
 def test_shapes_that_do_not_fit():
     with pytest.raises(DataError, match=r"got \(3, 2\) and \(2,\)"):
         expected_calibration_error(torch.zeros(3, 2), torch.zeros(2, dtype=torch.int64))
+
+
+def test_no_bins():
+    with pytest.raises(DataError, match="one bin or more, got bins=0"):
+        expected_calibration_error(torch.zeros(3, 2), torch.zeros(3, dtype=torch.int64), bins=0)

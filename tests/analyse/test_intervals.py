@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest, norm
 from scipy.stats import bootstrap as scipy_bootstrap
 
+from offramp.analyse import intervals
 from offramp.analyse.intervals import bootstrap, paired_difference, wilson
 from offramp.errors import DataError
 
@@ -127,3 +129,34 @@ def test_bootstrap_repeats_by_seed():
 def test_bootstrap_needs_samples():
     with pytest.raises(DataError, match="at least one sample"):
         bootstrap([])
+
+
+def test_a_paired_difference_of_many_samples_ends_where_differences_do():
+    for lost in (53_282_342, 999_999_999):  # what is left below is less than its own rounding
+        trials = lost + 1
+        lower, upper = paired_difference(0, lost, trials)
+        assert lower == -1.0 < -lost / trials < upper
+        mirrored = paired_difference(lost, 0, trials)
+        assert mirrored == pytest.approx((-upper, -lower), abs=1e-8)
+
+
+def test_bootstrap_draws_in_parts_what_it_draws_at_once(monkeypatch):
+    values = np.random.default_rng(0).normal(size=(50, 2))
+    whole = bootstrap(values, lambda means: means[:, 1] - means[:, 0], resamples=1003)
+    monkeypatch.setattr(intervals, "DRAWN", 500)  # 10 resamples of 50 values
+    parts = bootstrap(values, lambda means: means[:, 1] - means[:, 0], resamples=1003)
+    assert parts == pytest.approx(whole, abs=1e-12)
+
+
+def test_bootstrap_keeps_no_count_of_every_sample_in_every_resample():
+    values = np.random.default_rng(0).normal(size=5_000)
+    tracemalloc.start()
+    bootstrap(values, resamples=8_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8_000 * 5_000 * 8
+
+
+def test_bootstrap_needs_resamples():
+    with pytest.raises(DataError, match="one resample or more, got resamples=0"):
+        bootstrap([1.0, 2.0], resamples=0)

@@ -51,5 +51,15 @@ def test_never_leaving_wastes_what_the_full_network_does():
 
 
 def test_shapes_that_do_not_fit():
-    with pytest.raises(DataError, match=r"got \(2, 3\) and \(4,\)"):
-        overthinking(torch.ones(2, 3) > 0, torch.zeros(4), torch.ones(4) > 0)
+    right, exit = torch.ones(2, 3) > 0, torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(DataError, match=r"got \(2, 3\), \(4,\) and \(4,\)"):
+        overthinking(right, torch.zeros(4), torch.ones(4) > 0)
+    with pytest.raises(DataError, match=r"got \(2, 3\), \(3,\) and \(1,\)"):
+        overthinking(right, exit, torch.ones(1) > 0)
+
+
+@pytest.mark.parametrize("bad", [-1, 2])
+def test_an_exit_that_there_is_not(bad):
+    exit = torch.tensor([0, bad, 1])
+    with pytest.raises(DataError, match=f"exits from 0 to 1.* got {min(bad, 0)} to {max(bad, 1)}"):
+        overthinking(torch.ones(2, 3) > 0, exit, torch.ones(3) > 0)

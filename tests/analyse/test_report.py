@@ -71,6 +71,36 @@ def test_never_leaving_is_the_full_network():
     assert found.verdict.text.startswith("Do not bother: the saving is 0.0 % of the cost")
 
 
+@pytest.mark.parametrize("exits", [3, 5, 9])
+def test_never_leaving_costs_no_more_where_costs_are_fractions(exits):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(exits, 40, 3, generator=generator)
+    heads = torch.cat([torch.full((exits - 1,), 0.1), torch.zeros(1)])
+    for _ in range(20):
+        stages = torch.rand(exits, generator=generator, dtype=torch.float64)
+        trace = Trace(logits, torch.zeros(40, dtype=torch.long), stages, heads)
+        found = evaluate(trace, Policy("confidence", [math.inf] * (exits - 1)), resamples=10)
+        assert found.cost_ratio == 1
+        assert found.cost_interval == (1, 1)
+        assert found.verdict.text.startswith("Do not bother: the saving is 0.0 % of the cost")
+
+
+def test_a_verdict_is_by_what_was_measured_last():
+    report = evaluate(make_trace(), POLICY, tolerance=0.5)
+    slow = {"engine": "e", "threads": 1, "batch_1": {"speedup": 0.5}}
+    mixed = {**slow, "batch_64": {"speedup": 2.0}}
+    assert report.verdict.worth_it
+    assert report.verdict == report.estimate
+    slower = report.with_measurements(time=slow)
+    assert not slower.verdict.worth_it
+    assert slower.with_measurements(time=slow).verdict == slower.verdict
+    assert slower.with_measurements(agreement=1.0).verdict == slower.verdict
+    again = slower.with_measurements(time=mixed)
+    assert again.verdict == report.with_measurements(time=mixed).verdict
+    assert again.verdict.worth_it
+    assert slower.with_measurements(time=TIME).verdict == report.estimate
+
+
 def test_json_holds_what_is_promised(report):
     measured = report.with_measurements(time=TIME, agreement=1.0, versions={"torch": "x"}, seed=0)
     data = json.loads(measured.to_json())

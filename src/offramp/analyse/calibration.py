@@ -25,13 +25,15 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -
         The error, from 0 to 1.
 
     Raises:
-        DataError: shapes that do not fit, or no samples.
+        DataError: shapes that do not fit, no samples, or fewer than one bin.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise DataError(
             f"A calibration error takes logits (N, C) and labels (N,) with N >= 1, got "
             f"{tuple(logits.shape)} and {tuple(labels.shape)}."
         )
+    if bins < 1:
+        raise DataError(f"A calibration error needs one bin or more, got bins={bins}.")
     confidence, predicted = logits.double().softmax(dim=1).max(dim=1)
     gap = (predicted == labels).double() - confidence
     # Bins are (lower, upper], as in the paper: a confidence of exactly 1 falls into the last.

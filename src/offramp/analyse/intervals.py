@@ -15,6 +15,7 @@ from offramp.errors import DataError
 __all__ = ["Interval", "bootstrap", "paired_difference", "wilson"]
 
 Interval = tuple[float, float]
+DRAWN = 10_000_000  # counts that are kept at once, 80 MB
 
 
 def wilson(successes: int, trials: int, level: float = 0.95) -> Interval:
@@ -89,9 +90,9 @@ def paired_difference(gained: int, lost: int, trials: int, level: float = 0.95) 
         return distance / math.sqrt(variance)
 
     observed, edge = (gained - lost) / trials, 1 - 1e-12
-    # The statistic falls as delta grows: +z at the lower end, -z at the upper.
-    lower = -1.0 if observed <= -edge else brentq(lambda d: statistic(d) - z, -edge, observed)
-    upper = 1.0 if observed >= edge else brentq(lambda d: statistic(d) + z, observed, edge)
+    # The statistic falls as delta grows: +z at the lower end, -z at the upper, if it comes so far.
+    lower = brentq(lambda d: statistic(d) - z, -edge, observed) if statistic(-edge) > z else -1.0
+    upper = brentq(lambda d: statistic(d) + z, observed, edge) if statistic(edge) < -z else 1.0
     return float(lower), float(upper)
 
 
@@ -105,7 +106,7 @@ def bootstrap(
 ) -> Interval:
     """The percentile interval of a function of means, by resampling samples (Efron, 1979).
 
-    Rows that are equal are drawn together, as counts, so what it costs grows with the number of
+    Rows that are equal are drawn together, as counts, so the time it takes grows with the number of
     different rows: an early-exit network has few.
 
     Args:
@@ -119,19 +120,23 @@ def bootstrap(
         Lower and upper end; what the samples themselves give lies between them.
 
     Raises:
-        DataError: no samples, or a level outside (0, 1).
+        DataError: no samples, no resamples, or a level outside (0, 1).
     """
     _quantile(level)
+    if resamples < 1:
+        raise DataError(f"A bootstrap needs one resample or more, got resamples={resamples}.")
     rows = np.asarray(values, dtype=np.float64)
     if not rows.size:
         raise DataError("A bootstrap needs at least one sample, got none.")
     rows = rows.reshape(len(rows), -1)
     distinct, counts = np.unique(rows, axis=0, return_counts=True)
     shares = counts / len(rows)
-    draws = np.random.default_rng(seed).multinomial(len(rows), shares, size=resamples)
+    generator, most = np.random.default_rng(seed), max(1, DRAWN // len(distinct))
+    sizes = [min(most, resamples - done) for done in range(0, resamples, most)]
+    drawn = [generator.multinomial(len(rows), shares, size) @ distinct for size in sizes]
     own = shares[None] @ distinct
     # One distinct row is its own mean; summed and divided, it would be another in its last bits.
-    means = draws @ distinct / len(rows) if len(distinct) > 1 else own
+    means = np.concatenate(drawn) / len(rows) if len(distinct) > 1 else own
     means = np.concatenate([means, own])
     results = means[:, 0] if statistic is None else statistic(means)
     point = float(results[-1])

@@ -47,12 +47,18 @@ def overthinking(right: Tensor, exit: Tensor, answered: Tensor) -> Overthinking:
         The shares of all N samples.
 
     Raises:
-        DataError: shapes that do not fit, or no samples.
+        DataError: shapes that do not fit, no samples, or an exit that is none of the E.
     """
-    if right.ndim != 2 or not right.shape[1] or exit.shape != right.shape[1:]:
+    shapes = [tuple(value.shape) for value in (right, exit, answered)]
+    if right.ndim != 2 or not right.numel() or not shapes[0][1:] == shapes[1] == shapes[2]:
         raise DataError(
-            f"Overthinking takes right (E, N) and exit (N,) with N >= 1, got {tuple(right.shape)} "
-            f"and {tuple(exit.shape)}."
+            "Overthinking takes right (E, N), exit (N,) and answered (N,) with E and N >= 1, got "
+            f"{shapes[0]}, {shapes[1]} and {shapes[2]}."
+        )
+    if not bool(((exit >= 0) & (exit < len(right))).all()):
+        raise DataError(
+            f"Overthinking takes exits from 0 to {len(right) - 1}, the rows of right, got "
+            f"{int(exit.min())} to {int(exit.max())}."
         )
     end, early = right[-1], right[:-1].any(dim=0)
     # Exits strictly before the one taken: the count of right ones there, per sample.

@@ -18,6 +18,7 @@ from offramp.analyse.frontier import Point, turned
 from offramp.analyse.intervals import Interval, bootstrap, paired_difference, wilson
 from offramp.analyse.overthinking import Overthinking, overthinking
 from offramp.analyse.verdict import Verdict, verdict, with_time
+from offramp.decide.defaults import usual_defaults
 from offramp.decide.policy import Decisions, Policy, replay
 from offramp.decide.provenance import seen_before
 from offramp.decide.trace import Trace
@@ -91,7 +92,7 @@ class Report:
         random: a random exit at equal cost.
         oracle: the hindsight oracle.
         frontier: the curve that the policy's thresholds run through.
-        verdict: whether it is worth it.
+        estimate: whether it is worth it by estimated cost.
         notes: what a reader has to know about these numbers.
         measured: what was measured beside the trace (time, agreement of runner and replay,
             versions, seed), as :meth:`with_measurements` took it.
@@ -113,9 +114,15 @@ class Report:
     random: Baseline
     oracle: Baseline
     frontier: tuple[Point, ...]
-    verdict: Verdict
+    estimate: Verdict
     notes: tuple[str, ...] = ()
     measured: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it is worth it, in the light of the time that was measured, if any was."""
+        time = self.measured.get("time")
+        return with_time(self.estimate, time) if isinstance(time, Mapping) else self.estimate
 
     def with_measurements(self, **measured: object) -> Report:
         """The same report with what was measured beside the trace.
@@ -126,9 +133,7 @@ class Report:
                 ``full_ms``, ``early_ms``, ``speedup`` and perhaps ``exits_ms``, milliseconds per
                 sample.
         """
-        time = measured.get("time")
-        judged = with_time(self.verdict, time) if isinstance(time, Mapping) else self.verdict
-        return replace(self, measured={**self.measured, **measured}, verdict=judged)
+        return replace(self, measured={**self.measured, **measured})
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it."""
@@ -198,6 +203,7 @@ class Report:
         return as_text(self)
 
 
+@usual_defaults()
 def evaluate(
     trace: Trace,
     policy: Policy,
@@ -238,12 +244,14 @@ def evaluate(
     labels = trace.labels
     reference = predicted[-1] if labels is None else labels
     right, answered = predicted == reference, decisions.prediction == reference
+    # Summed as the policy's costs are, so that the ratio is 1 to the last bit where none leaves.
+    full_cost = float(trace.exit_costs([False] * (trace.num_exits - 1))[-1])
     # By shares: where all leave at one exit, the mean is that exit's cost to the last bit.
     shares = torch.bincount(decisions.exit, minlength=trace.num_exits).double() / trace.num_samples
     mean_cost = float(shares @ trace.exit_costs(policy.active(trace.num_exits)))
-    ratio = mean_cost / trace.full_cost
+    ratio = mean_cost / full_cost
     low, high = bootstrap(
-        decisions.cost.numpy() / trace.full_cost, level=LEVEL, resamples=resamples, seed=seed
+        decisions.cost.numpy() / full_cost, level=LEVEL, resamples=resamples, seed=seed
     )
     ratio_interval = (min(low, ratio), max(high, ratio))  # the two means are rounded differently
     difference = _difference(right[-1], answered, labels is not None)
@@ -257,7 +265,7 @@ def evaluate(
         source=trace.source,
         cost_unit=trace.cost_unit,
         policy=policy.describe(),
-        full=_scored(right[-1], trace.full_cost),
+        full=_scored(right[-1], full_cost),
         early=_scored(answered, mean_cost),
         difference=difference,
         cost_ratio=ratio,
@@ -268,7 +276,7 @@ def evaluate(
         random=random,
         oracle=baselines.oracle(trace, right, answered, LEVEL),
         frontier=tuple(turned(trace, policy, reference)),
-        verdict=verdict(
+        estimate=verdict(
             cost=mean_cost,
             cost_ratio=ratio,
             cost_interval=ratio_interval,
