@@ -109,8 +109,8 @@ def near_matches(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     return difflib.get_close_matches(name, list(known), n=n, cutoff=0.4)
 
 
-def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
+def unknown_name(kind: str, name: object, known: Sequence[str]) -> str:
     """One sentence for an unknown name: what came, the nearest match, and all known ones."""
-    near = near_matches(name, known, n=1)
+    near = near_matches(str(name), known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"Unknown {kind} {name!r}.{hint} Known: {', '.join(sorted(known))}."

@@ -118,3 +118,43 @@ def test_fingerprints_see_every_input_and_the_type():
     zeros = torch.zeros(2, 2)
     as_ints = Batch((zeros.to(torch.int32),))
     assert not torch.equal(fingerprints(Batch((zeros,))), fingerprints(as_ints))
+
+
+CONTENT = torch.tensor([[0.0, 2, 0], [1, 0, 0], [0, 0, 0]])
+LAYOUTS = [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc]
+BETA = pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta")
+
+
+@BETA
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fingerprints_of_sparse_inputs(layout):
+    def select(rows, x):
+        return x
+
+    def marks(content):
+        return fingerprints(Batch((content.to_sparse(layout=layout),)))
+
+    found = marks(CONTENT)
+    assert len(set(found.tolist())) == 3
+    assert torch.equal(marks(CONTENT[[1, 2, 0]]), found[[1, 2, 0]])
+    graph = Batch((CONTENT.to_sparse(layout=layout),), labels=Y[:1], select=select)
+    other = Batch((CONTENT.T.to_sparse(layout=layout),), labels=Y[:1], select=select)
+    assert torch.equal(fingerprints(graph), fingerprints(graph))
+    assert not torch.equal(fingerprints(graph), fingerprints(other))
+
+
+def test_a_fingerprint_does_not_see_the_order_of_entries():
+    places, values = torch.tensor([[0, 1, 2], [1, 0, 2]]), torch.tensor([2.0, 1.0, 5.0])
+    one, two = (
+        torch.sparse_coo_tensor(places[:, order], values[order], (3, 3), check_invariants=True)
+        for order in ([0, 1, 2], [2, 0, 1])
+    )
+    assert torch.equal(fingerprints(Batch((one,))), fingerprints(Batch((two,))))
+
+
+@BETA
+def test_rows_of_sparse_inputs():
+    (taken,), _ = take_rows((CONTENT.to_sparse_coo(),), {}, torch.tensor([1, 0]))
+    assert torch.equal(taken.to_dense(), CONTENT[[1, 0]])
+    with pytest.raises(DataError, match=r"layout torch.sparse_csr, .*to_sparse_coo\(\).*select="):
+        take_rows((CONTENT.to_sparse_csr(),), {}, torch.tensor([1, 0]))

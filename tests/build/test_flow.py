@@ -181,3 +181,17 @@ def test_the_formula_of_recurrent_layers_on_a_device(kind, directions):
     weights = [p.detach() for p in layer.parameters()]
     here = count_macs(lambda: layer(x))  # torch's own layers on the processor
     assert _EXTRA[torch.ops.aten._cudnn_rnn](x, weights, 4) == 2 * here
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta")
+def test_a_sparse_matrix_counts_what_it_stores(layout):
+    dense = torch.zeros(5, 6)
+    dense[0, 1] = dense[0, 4] = dense[3, 3] = 1.0
+    sparse, x = dense.to_sparse(layout=layout), torch.randn(6, 4)
+    assert count_macs(lambda: dense @ x) == 5 * 6 * 4
+    assert count_macs(lambda: sparse @ x) == 3 * 4
+    assert count_macs(lambda: torch.sparse.mm(sparse, x)) == 3 * 4
+    assert count_macs(lambda: torch.addmm(torch.ones(5, 4), sparse, x)) == 3 * 4
+    assert count_macs(lambda: torch.ones(2, 5) @ sparse) == 3 * 2
+    assert count_macs(lambda: sparse @ x[:, 0]) == 3

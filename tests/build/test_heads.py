@@ -220,3 +220,8 @@ def test_bad_heads():
     with pytest.raises(HeadError, match="'conv' takes maps"):
         make_head("conv", torch.zeros(2, 3), 2)
     assert sorted(HEADS) == list(HEADS)
+
+
+def test_a_module_is_no_name():
+    with pytest.raises(HeadError, match="head of type 'Linear' came where a name was expected"):
+        make_head(nn.Linear(3, 2), torch.zeros(2, 3), 2)

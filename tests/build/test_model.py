@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from offramp.build.batch import as_call
 from offramp.build.flow import count_macs
@@ -594,3 +596,87 @@ def test_a_module_may_return_a_dataclass():
 
     x = torch.randn(3, 6)
     assert attach(Net(), x, exits=["block"])(x).logits[0].shape == (3, 2)
+
+
+class Trained(nn.Module):
+    """In training it checkpoints its second layer, or writes over its first."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        if self.reentrant is None:
+            x = functional.dropout(x, 0.5, self.training, inplace=True)
+        if self.training and self.reentrant is not None:
+            return self.fc(checkpoint(self.b, x, use_reentrant=self.reentrant))
+        return self.fc(self.b(x))
+
+
+def test_checkpointing_hands_gradients_to_an_exit_or_says_that_it_does_not():
+    x = torch.randn(4, 6)
+    model = attach(Trained(reentrant=False), x, exits=["b"]).train()
+    model(x)[0].sum().backward()
+    assert model.backbone.a.weight.grad is not None
+    model = attach(Trained(reentrant=True), x, exits=["b"]).train()
+    with pytest.raises(PlaceError, match="Gradients are off inside 'b'.*use_reentrant=False"):
+        model(x)
+    model.eval()(x)
+    model.train().backbone.b.requires_grad_(False)
+    model(x)[0].sum().backward()
+
+
+def test_a_feature_that_training_alone_writes_over_is_refused():
+    x = torch.randn(4, 6)
+    model = attach(Trained(), x, exits=["a"]).train()
+    with pytest.raises(PlaceError, match="The feature at 'a' was written over later in this pass"):
+        model(x)
+    model.eval()
+    with torch.inference_mode():
+        model(x)
+    (feature,), _ = model.features(x)
+    assert torch.equal(feature, model.backbone.a(x))
+
+
+def test_one_logit_is_no_classifier():
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 1)), torch.randn(4, 6)
+    with pytest.raises(DataError, match=r"shape \(2, 1\).*with two classes or more.*zeros_like"):
+        attach(net, x, exits=["0"])
+    model = attach(
+        net, x, exits=["0"], logits=lambda out: torch.cat([torch.zeros_like(out), out], 1)
+    )
+    assert model.num_classes == 2
+    torch.testing.assert_close(model(x).final.softmax(1)[:, 1], net(x).sigmoid()[:, 0])
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("a"), AttributeError("b"), AssertionError("c"), ZeroDivisionError("d")]
+)
+def test_a_head_may_fail_in_any_way(error):
+    def head(feature):
+        raise error
+
+    text = f"head at 'layer1' .* fails on .* with {type(error).__name__}: "
+    with pytest.raises(HeadError, match=text) as caught:
+        attach(make("cnn"), example_of("cnn"), exits={"layer1": head})
+    assert caught.value.__cause__ is error
+
+
+def test_a_backbone_is_a_module():
+    with pytest.raises(PlaceError, match="backbone is of type 'function'. Expected an nn.Module"):
+        attach(lambda x: x, torch.randn(4, 6))
+
+
+def test_a_measure_is_a_name():
+    with pytest.raises(PlaceError, match="Unknown cost measure None. Known: latency, macs"):
+        attach(make("mlp"), example_of("mlp"), cost=None)
+
+
+def test_heads_are_made_outside_of_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        model = attach(make("cnn"), example_of("cnn"), cascade=True)
+        assert torch.is_autocast_enabled("cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.costs == attach(make("cnn"), example_of("cnn"), cascade=True).costs

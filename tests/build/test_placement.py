@@ -134,6 +134,8 @@ def test_a_module_that_is_called_several_times():
         resolve(found, ["block"])
     with pytest.raises(PlaceError, match=r"'block@5' asks for call 5 .* called 5 times"):
         resolve(found, ["block@5"])
+    with pytest.raises(PlaceError, match="no module 'block@01'. Near matches: block"):
+        resolve(found, ["block@01"])
 
 
 class Branches(nn.Module):

@@ -57,7 +57,7 @@ def by_hand(trace, subset, drops=DROPS):
     probs = trace.logits.softmax(-1)
     sure, said = probs.max(-1).values.numpy(), probs.argmax(-1).numpy()
     pool = np.sort(sure[:-1].ravel())
-    marks = torch.linspace(0, len(pool) - 1, choice.GRID - 1).long().numpy()
+    marks = torch.linspace(0, len(pool) - 1, choice.GRID - 1, dtype=torch.float64).long().numpy()
     curve = []
     for threshold in [*pool[marks], math.inf]:
         spent, right = 0.0, 0
@@ -169,3 +169,13 @@ def test_candidates_may_be_thousands():
     trace = trace_of(accuracies, [1.0] * (places + 1), [0.0] * places, samples=20)
     judge = Judge(trace, score(trace, Confidence()), tuple(range(places)), DROPS)
     assert len(judge.all([3, 1100], 2)) == 4
+
+
+def test_thresholds_do_not_follow_the_default_type():
+    trace, judge = judge_of()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = Judge(trace, score(trace, Confidence()), GROUPS, DROPS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert np.array_equal(again.reach, judge.reach)

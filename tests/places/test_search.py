@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import offramp
 from offramp.build.flow import count_macs
-from offramp.errors import DataError, PolicyError
+from offramp.errors import DataError, HeadError, PlaceError, PolicyError
 from offramp.places.dense import attach_densely
 from offramp.places.search import plan
 from tests.networks import example_of, make
@@ -273,6 +273,13 @@ def fine():
         ({"drops": (1.5,)}, r"drops=\(1.5,\): expected"),
         ({"worth": -0.1}, "worth=-0.1: expected a share"),
         ({"worth": float("nan")}, "worth=nan: expected a share"),
+        ({"worth": None}, "worth=None: expected a share"),
+        ({"drops": ("a",)}, r"drops=\('a',\): expected one or more shares"),
+        ({"samples": 1e3}, "samples=1000.0: expected 1 or more, a whole number"),
+        ({"epochs": None}, "epochs=None: expected 1 or more, a whole number"),
+        ({"exits": 1.5}, "exits=1.5: expected 1 or more, a whole number"),
+        ({"exits": ["1"]}, r"exits=\['1'\]: expected 1 or more, a whole number"),
+        ({"method": None}, "Unknown method None. Known: percentiles, search"),
     ],
 )
 def test_bad_input(changed, text):
@@ -311,3 +318,18 @@ def test_it_learns_where_gradients_are_off_and_leaves_the_loader_s_generator(ear
 def test_percentiles_compare_no_heads():
     with pytest.raises(DataError, match="heads= names what a search tries"):
         plan(Early(), torch.randn(4, 8), method="percentiles", heads=("mlp",))
+
+
+def test_heads_are_names():
+    for heads in ([nn.Linear(8, 3)], ["linear", nn.Linear(8, 3)]):
+        with pytest.raises(HeadError, match="head of type 'Linear' came where a name was"):
+            plan(**fine(), heads=heads)
+    with pytest.raises(HeadError, match="Unknown head 'lineer'. Did you mean 'linear'"):
+        plan(**fine(), heads=("linear", "lineer"))
+    dense = attach_densely(Early(), torch.randn(4, 8), heads="linear")
+    assert {candidate.name for candidate in dense.candidates} == {"linear"}
+
+
+def test_a_backbone_is_a_module():
+    with pytest.raises(PlaceError, match="backbone is of type 'function'. Expected an nn.Module"):
+        plan(**{**fine(), "backbone": lambda x: x})

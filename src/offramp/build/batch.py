@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -144,13 +144,24 @@ def take_rows(
         args: positional inputs.
         kwargs: keyword inputs.
         rows: ``(R,)`` int64, the samples to take, in the order wanted.
+
+    Raises:
+        DataError: an input is of a layout that torch takes no rows from, such as CSR.
     """
     size = batch_size(args, kwargs)
 
     def take(leaf: Tensor) -> Tensor:
         if leaf.dim() == 0 or leaf.shape[0] != size:
             return leaf
-        return leaf.index_select(0, rows.to(leaf.device))
+        try:
+            return leaf.index_select(0, rows.to(leaf.device))
+        except NotImplementedError as error:
+            raise DataError(
+                f"An input of shape {tuple(leaf.shape)} has the layout {leaf.layout}, from which "
+                "torch takes no rows, so samples cannot be taken out of the batch. Give it as "
+                "input.to_sparse_coo() or input.to_dense(), or pass select=, a function that "
+                "takes rows."
+            ) from error
 
     taken: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_map_only(
         Tensor, take, (args, kwargs)
@@ -177,12 +188,9 @@ def fingerprints(batch: Batch) -> Tensor:
         if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != size:
             continue
         header = f"{leaf.dtype}{tuple(leaf.shape[1:])}".encode()
-        plain = leaf.detach().to("cpu").contiguous()
-        rows = plain.reshape(size, -1).view(torch.uint8).numpy() if plain.numel() else None
-        for index, digest in enumerate(hashes):
+        for digest, row in zip(hashes, _rows(leaf.detach().cpu(), size), strict=True):
             digest.update(header)
-            if rows is not None:
-                digest.update(rows[index].tobytes())
+            digest.update(row)
     values = [int.from_bytes(digest.digest(), "little", signed=True) for digest in hashes]
     return torch.tensor(values, dtype=torch.int64)
 
@@ -193,9 +201,28 @@ def _fingerprint(single: Batch) -> int:
     for leaf in pytree.tree_leaves((single.args, single.kwargs)):
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            plain = leaf.detach().cpu().contiguous().reshape(-1)
-            digest.update(plain.view(torch.uint8).numpy().tobytes())
+            digest.update(_bytes(leaf.detach().cpu()))
     return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _rows(tensor: Tensor, size: int) -> Iterable[bytes]:
+    """The bytes of each of ``size`` rows."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_sparse_coo()
+        return (_bytes(tensor.index_select(0, torch.tensor([row]))) for row in range(size))
+    if not tensor.numel():
+        return [b""] * size
+    rows = tensor.contiguous().reshape(size, -1).view(torch.uint8).numpy()
+    return (row.tobytes() for row in rows)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Those of its entries; of a sparse tensor, in any layout, those of its indices and values."""
+    if tensor.layout is torch.strided:
+        content: bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return content
+    entries = tensor.to_sparse_coo().coalesce()
+    return _bytes(entries.indices()) + _bytes(entries.values())
 
 
 def _as_labels(labels: Any) -> Tensor | None:  # noqa: ANN401

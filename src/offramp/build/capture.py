@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -34,12 +35,14 @@ class Owner:
 
 
 class Capture:
-    """The features of one pass: place -> tensor."""
+    """The features of one pass: place -> tensor, and its version where it is no copy."""
 
     def __init__(self, copies: bool) -> None:
         self.features: dict[int, Tensor] = {}
+        self.versions: dict[int, int] = {}
         self.calls: dict[str, int] = {}
         self.copies = copies
+        self.learns = torch.is_grad_enabled()
 
 
 class TapHook:
@@ -73,9 +76,24 @@ class TapHook:
         tensors = tensors_in(output)
         if item >= len(tensors):
             raise PlaceError(f"The output of {self.path!r} is no tensor in this pass.")
+        if capture.learns and module.training and not torch.is_grad_enabled():
+            self._check_frozen(module)
         tensor = tensors[item]
-        copies = capture.copies or index in self.copied
-        capture.features[index] = tensor.clone() if copies else tensor
+        if capture.copies or index in self.copied:
+            tensor = tensor.clone()
+        elif capture.learns and not torch.compiler.is_compiling():  # a compiler knows no versions
+            capture.versions[index] = tensor._version
+        capture.features[index] = tensor
+
+    def _check_frozen(self, module: nn.Module) -> None:
+        """Refuse weights that are to learn where no gradient would come to them from the exit."""
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            raise PlaceError(
+                f"Gradients are off inside {self.path!r} in a pass that trains, so that its exit "
+                "would train nothing but its head. In gradient checkpointing, pass "
+                "use_reentrant=False. If the module runs under no_grad on purpose, freeze it: "
+                "module.requires_grad_(False)."
+            )
 
 
 class Taps:
@@ -110,7 +128,8 @@ class Taps:
         """Call the backbone; return the tapped features and what it returned.
 
         Raises:
-            PlaceError: a tapped module did not run.
+            PlaceError: a tapped module did not run, ran without the gradients it is to learn by, or
+                its output was written over.
         """
         captures: dict[int, Capture] = _active.__dict__.setdefault("captures", {})
         copies = any(module.training for module in self._overwrite)
@@ -131,7 +150,16 @@ class Taps:
                 "module did not run (do training and evaluation mode of the backbone differ?) or "
                 "the model was detached. Place the exit at a module that always runs."
             )
-        return [capture.features[k] for k in range(len(self.names))], output
+        features = [capture.features[k] for k in range(len(self.names))]
+        for k, version in capture.versions.items():
+            if features[k]._version != version:
+                raise PlaceError(
+                    f"The feature at {self.names[k]!r} was written over later in this pass, as it "
+                    "was not when the exit was attached, so that the exit would see something "
+                    "else. What writes in place in training alone, such as "
+                    "dropout(..., inplace=True), needs inplace=False."
+                )
+        return features, output
 
     def remove(self) -> None:
         """Take all hooks off."""

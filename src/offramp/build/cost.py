@@ -24,6 +24,7 @@ __all__ = [
     "ExitCosts",
     "Feature",
     "ModuleCall",
+    "check_backbone",
     "last_inside",
     "profile",
 ]
@@ -207,15 +208,12 @@ def profile(
 
     Raises:
         DataError: logits are not found, or not one row for each sample.
-        PlaceError: an unknown measure, or a network without any multiply-accumulate.
+        PlaceError: no module that can be watched, an unknown measure, or a network without any
+            multiply-accumulate.
     """
     if measure not in MEASURES:
         raise PlaceError(unknown_name("cost measure", measure, list(MEASURES)))
-    if isinstance(backbone, torch.jit.ScriptModule):
-        raise PlaceError(
-            "The backbone is TorchScript, whose modules cannot be watched. Give the nn.Module that "
-            "it was made from."
-        )
+    check_backbone(backbone)
     kwargs = dict(kwargs or {})
     few, rows = (args, kwargs), None
     with as_found(backbone):
@@ -240,6 +238,24 @@ def profile(
             rows = batch_size(args, kwargs) if batch_first else found.batch
             return _by_latency(found, backbone, args, kwargs, rows)
     return found
+
+
+def check_backbone(backbone: object) -> None:
+    """Refuse what has no modules that can be watched.
+
+    Raises:
+        PlaceError: no ``nn.Module``, or TorchScript.
+    """
+    if not isinstance(backbone, nn.Module):
+        raise PlaceError(
+            f"The backbone is of type {type(backbone).__name__!r}. Expected an nn.Module, behind "
+            "whose modules exits can stand. Give the network itself, not a function that calls it."
+        )
+    if isinstance(backbone, torch.jit.ScriptModule):
+        raise PlaceError(
+            "The backbone is TorchScript, whose modules cannot be watched. Give the nn.Module that "
+            "it was made from."
+        )
 
 
 def _follow(

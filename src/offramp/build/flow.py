@@ -56,11 +56,21 @@ def _mv_flops(matrix: Tensor, *_: Any, **__: Any) -> int:  # noqa: ANN401
     return 2 * matrix.numel()
 
 
-# Operations that torch's own table of formulas does not hold.
+def _mm_flops(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:  # noqa: ANN401
+    return 2 * left.numel() * right.shape[-1]
+
+
+def _addmm_flops(_: Tensor, left: Tensor, right: Tensor, **__: Any) -> int:  # noqa: ANN401
+    return _mm_flops(left, right)
+
+
+# Operations that torch's own table of formulas does not hold; sparse operands count as dense here.
 _EXTRA: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     _aten._scaled_dot_product_fused_attention_overrideable: _attention_flops,
     _aten._cudnn_rnn: _rnn_flops,
+    _aten._sparse_addmm: _addmm_flops,
+    _aten._sparse_mm_reduce_impl: _mm_flops,
     _aten._trilinear: _bilinear_flops,
     _aten.miopen_rnn: _rnn_flops,
     _aten.mkldnn_rnn_layer: _lstm_flops,
@@ -68,6 +78,13 @@ _EXTRA: dict[Any, Callable[..., int]] = {
 }
 
 
+_SPARSE = (
+    torch.sparse_coo,
+    torch.sparse_csr,
+    torch.sparse_csc,
+    torch.sparse_bsr,
+    torch.sparse_bsc,
+)
 # What is first read when at most this share of the work is left was kept for the end.
 AT_THE_END = 0.05
 # A place that sees less of the work before it than this is one branch of several.
@@ -273,6 +290,8 @@ class FlowRecorder(TorchDispatchMode):
             cost = float(_EXTRA[packet](*args, **kwargs))
         elif formula is not None:
             cost = float(formula(*args, **kwargs, out_val=result))
+        if cost:
+            cost *= math.prod(map(_density, inputs))
         self.flops += cost
         writes = tuple({self._write(t) for t in (*written, *fresh)})
         self.operations.append(Operation(reads, writes, cost, given))
@@ -314,6 +333,14 @@ def _storage_key(tensor: Tensor) -> int:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
         return -id(tensor)
+
+
+def _density(tensor: Tensor) -> float:
+    """The share of its entries that a tensor stores, and a product with it multiplies."""
+    if tensor.layout not in _SPARSE or not tensor.numel():
+        return 1.0
+    values = tensor._values() if tensor.is_sparse else tensor.values()
+    return float(values.numel() / tensor.numel())
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

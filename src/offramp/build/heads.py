@@ -30,6 +30,7 @@ __all__ = [
     "VectorHead",
     "asked_inputs",
     "make_head",
+    "name_and_width",
 ]
 
 _SIDES, _WIDTHS = (8, 6, 4, 3, 2), (128, 64, 32, 16)
@@ -230,7 +231,7 @@ def make_head(
     Raises:
         HeadError: an unknown name or layout, or a feature that this head does not take.
     """
-    name, hidden = _name_and_width(name)
+    name, hidden = name_and_width(name)
     shape = tuple(feature.shape)
     if len(shape) not in LAYOUTS:
         raise HeadError(
@@ -244,8 +245,17 @@ def make_head(
     return head.to(device=feature.device, dtype=feature.dtype)
 
 
-def _name_and_width(name: str) -> tuple[str, int | None]:
-    """``"conv:32"`` is ``("conv", 32)``."""
+def name_and_width(name: str) -> tuple[str, int | None]:
+    """``"conv:32"`` is ``("conv", 32)``.
+
+    Raises:
+        HeadError: no name of a head.
+    """
+    if not isinstance(name, str):
+        raise HeadError(
+            f"A head of type {type(name).__name__!r} came where a name was expected. Known: "
+            f"{', '.join(HEADS)}. A head of your own goes to attach(..., heads=[head, ...])."
+        )
     kind, colon, width = name.partition(":")
     if kind not in HEADS:
         raise HeadError(unknown_name("head", kind, list(HEADS)))

@@ -172,8 +172,9 @@ def attach(
             backbone's own output stays as it is.
 
     Raises:
-        DataError: the example has fewer than two samples, or logits are not found.
-        PlaceError: a place does not resolve.
+        DataError: the example has fewer than two samples, or logits of two classes or more are not
+            found.
+        PlaceError: the backbone is no module, or a place does not resolve.
         HeadError: a head does not fit its feature or the classes.
     """
     args, kwargs = as_call(example)
@@ -289,10 +290,10 @@ def _try_head(
     made: list[Any] = []
     try:
         macs = count_macs(lambda: made.append(head(feature, **extra)))
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except Exception as error:
         raise HeadError(
             f"The head at {place!r} ({type(head).__name__}) fails on its feature of shape "
-            f"{tuple(feature.shape)}: {error}"
+            f"{tuple(feature.shape)} with {type(error).__name__}: {error}"
         ) from error
     finally:
         for module, training in flags:

@@ -102,7 +102,7 @@ def find_logits(output: Any, function: LogitsFunction | None = None) -> Tensor: 
     or the first element of a tuple.
 
     Raises:
-        DataError: there is no ``(B, C)`` tensor there.
+        DataError: there is no ``(B, C)`` tensor there, or it has fewer than two classes.
     """
     found = function(output) if function is not None else _search(output)
     if not isinstance(found, Tensor):
@@ -115,6 +115,13 @@ def find_logits(output: Any, function: LogitsFunction | None = None) -> Tensor: 
         raise DataError(
             f"The backbone's logits have shape {tuple(found.shape)}; expected (B, C). Pass "
             "logits=, a function from the output to its (B, C) logits."
+        )
+    if found.shape[1] < 2:
+        raise DataError(
+            f"The backbone's logits have shape {tuple(found.shape)}; expected (B, C) with two "
+            "classes or more, since a single one is always the answer and always sure. If it is "
+            "the logit of 'yes', pass "
+            "logits=lambda out: torch.cat([torch.zeros_like(out), out], 1)."
         )
     return found
 

@@ -42,7 +42,7 @@ PASSES = 0.5
 
 Exits = int | Sequence[int | float | str] | Mapping[str, Any]
 
-_CALL = re.compile(r"(?P<path>.*)@(?P<call>\d+)")
+_CALL = re.compile(r"(?P<path>.*)@(?P<call>0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True)

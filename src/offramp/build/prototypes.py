@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer
@@ -60,8 +62,14 @@ class PrototypeHead(LazyModuleMixin, nn.Module):
         return feature.mean(tuple(inner))
 
     def forward(self, feature: Tensor) -> Tensor:
-        """``(B, ...)`` to ``(B, C)``."""
-        point = self.pool(feature)
-        squares = point.square().sum(1, keepdim=True) + self.means.square().sum(1)
-        squares = squares - 2 * point @ self.means.T
-        return -squares.clamp(min=LEAST).sqrt()
+        """``(B, ...)`` to ``(B, C)``; computed in single precision at least."""
+        device, exact = feature.device.type, torch.promote_types(feature.dtype, torch.float32)
+        mixed = torch.is_autocast_enabled(device)  # asked, so that no export holds the switch
+        with torch.autocast(device, enabled=False) if mixed else nullcontext():
+            means = self.means.to(exact)
+            # Distances are small beside what means have in common, which would leave few digits.
+            centre = means.mean(0)
+            point, means = self.pool(feature).to(exact) - centre, means - centre
+            squares = point.square().sum(1, keepdim=True) + means.square().sum(1)
+            squares = squares - 2 * point @ means.T
+            return -squares.clamp(min=LEAST).sqrt().to(feature.dtype)

@@ -157,12 +157,21 @@ def _nothing() -> None:
 
 @contextlib.contextmanager
 def as_found(backbone: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; training flags and random state restored afterwards."""
+    """Evaluation mode without gradients or autocast; flags and random state restored afterwards."""
     flags = [(module, module.training) for module in backbone.modules()]
-    devices = sorted({p.device for p in backbone.parameters() if p.device.type == "cuda"}, key=str)
+    places = {p.device for p in backbone.parameters()}
+    devices = sorted((place for place in places if place.type == "cuda"), key=str)
     backbone.eval()
     try:
-        with plain_attention(), torch.random.fork_rng(devices=devices), torch.no_grad():
+        with (
+            plain_attention(),
+            torch.random.fork_rng(devices=devices),
+            torch.no_grad(),
+            contextlib.ExitStack() as exact,
+        ):
+            for kind in {place.type for place in places}:
+                if torch.amp.is_autocast_available(kind):
+                    exact.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         for module, training in flags:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from offramp.build.batch import as_call
+from offramp.build.cost import check_backbone
 from offramp.errors import DataError
 from offramp.places.features import HeldOut
 
@@ -22,21 +24,27 @@ SURE = 3.0  # standard errors by which a trained backbone is better than the com
 def check_settings(
     exits: int | None, drops: Sequence[float], worth: float, samples: int, epochs: int
 ) -> None:
-    """Refuse settings out of range."""
-    for name, value in (("exits", exits), ("samples", samples), ("epochs", epochs)):
-        if value is not None and value < 1:
-            raise DataError(f"{name}={value}: expected 1 or more.")
-    if not isinstance(drops, Sequence) or not drops or not all(0.0 <= drop < 1.0 for drop in drops):
+    """Refuse settings out of range, or of another type."""
+    counts = {"samples": samples, "epochs": epochs} | ({} if exits is None else {"exits": exits})
+    for name, value in counts.items():
+        if not isinstance(value, Integral) or value < 1:
+            raise DataError(f"{name}={value!r}: expected 1 or more, a whole number.")
+    if not isinstance(drops, Sequence) or not drops or not all(map(_is_share, drops)):
         raise DataError(
             f"drops={drops!r}: expected one or more shares of accuracy from 0 to 1, such as "
             "(0.0, 0.01)."
         )
-    if not (0.0 <= worth < 1.0 and math.isfinite(worth)):
-        raise DataError(f"worth={worth}: expected a share of the cost from 0 to 1, such as 0.01.")
+    if not _is_share(worth):
+        raise DataError(f"worth={worth!r}: expected a share of the cost from 0 to 1, such as 0.01.")
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, Real) and 0.0 <= float(value) < 1.0
 
 
 def check_devices(backbone: nn.Module, example: Any) -> None:  # noqa: ANN401
     """Refuse a backbone and an example that do not lie together."""
+    check_backbone(backbone)
     homes = {p.device for p in backbone.parameters()}
     leaves = pytree.tree_leaves(as_call(example))
     there = {leaf.device for leaf in leaves if isinstance(leaf, Tensor)}

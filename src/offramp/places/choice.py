@@ -57,7 +57,7 @@ class Judge:
         self.groups, self.samples = tuple(groups), scored.num_samples
         self.stages, self.heads = scored.stages.numpy(), scored.heads.numpy()
         pool = scored.scores[:-1].flatten().sort().values
-        marks = torch.linspace(0, len(pool) - 1, GRID - 1).long()
+        marks = torch.linspace(0, len(pool) - 1, GRID - 1, dtype=torch.float64).long()
         grid = torch.cat([pool[marks], torch.tensor([torch.inf])])
         # Bit by bit: a sample that leaves at each exit under each threshold.
         self.reach = np.stack(

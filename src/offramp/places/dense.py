@@ -11,7 +11,7 @@ from torch import nn
 
 from offramp.build.batch import as_call
 from offramp.build.cost import CostProfile, ModuleCall, profile
-from offramp.build.heads import TwoStepHead, make_head
+from offramp.build.heads import TwoStepHead, make_head, name_and_width
 from offramp.build.layout import find_layout
 from offramp.build.model import MultiExitModel, attach
 from offramp.build.outputs import LogitsFunction
@@ -69,7 +69,7 @@ class Dense:
 def attach_densely(
     backbone: nn.Module,
     example: Any,  # noqa: ANN401
-    heads: Sequence[str] | None = None,
+    heads: str | Sequence[str] | None = None,
     logits: LogitsFunction | None = None,
 ) -> Dense:
     """Exits at all places that the automatic placement chooses from.
@@ -83,8 +83,11 @@ def attach_densely(
 
     Raises:
         PlaceError: the backbone has no such place.
-        HeadError: none of the heads suits some place, or one does not learn.
+        HeadError: an unknown head, one that does not learn, or none that suits some place.
     """
+    heads = (heads,) if isinstance(heads, str) else heads
+    for name in heads or ():
+        name_and_width(name)
     args, kwargs = as_call(example)
     kwargs.pop("labels", None)
     found = profile(backbone, args, kwargs, logits=logits)

@@ -46,7 +46,7 @@ def plan(
     *,
     method: str = "search",
     exits: int | None = None,
-    heads: Sequence[str] | None = None,
+    heads: str | Sequence[str] | None = None,
     held_out: Iterable[Any] | None = None,
     drops: Sequence[float] = DROPS,
     worth: float = 0.01,
@@ -76,8 +76,8 @@ def plan(
         loader: yields inputs and labels; for a search.
         method: ``"search"`` or ``"percentiles"``.
         exits: with percentiles, how many (3); in a search, how many at most.
-        heads: names of the heads to try at each place, such as ``("pool", "conv:32")``; by default
-            two or three sizes of the kind that suits the feature.
+        heads: name or names of the heads to try at each place, such as ``("pool", "conv:32")``; by
+            default two or three sizes of the kind that suits the feature.
         held_out: yields inputs and labels that neither backbone nor heads were trained on; two
             fifths of the rows are set aside otherwise.
         drops: tolerated drops of accuracy, as shares.
@@ -90,8 +90,8 @@ def plan(
         progress: show bars on a terminal.
 
     Raises:
-        PlaceError: the backbone has no fit place.
-        HeadError: no head suits some place.
+        PlaceError: the backbone is no module, or has no fit place.
+        HeadError: an unknown head, or none that suits some place.
         DataError: rows are too few, or of one class, or not labelled; the backbone is no better
             than guessing; it and the example lie on different devices; settings out of range.
         PolicyError: an unknown criterion, or one with state.
