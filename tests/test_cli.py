@@ -64,6 +64,14 @@ def not_a_network():
     return 3
 
 
+def other_example():
+    return make("mlp"), torch.randn(4, 11)
+
+
+def other_width():
+    return [(torch.randn(4, 11), torch.zeros(4, dtype=torch.long))]
+
+
 def call(capsys, *arguments):
     """Run a command; what it printed as JSON."""
     with pytest.raises(SystemExit) as ended:
@@ -408,6 +416,9 @@ def test_exits_as_words(text, exits):
         ((f"{HERE}:bare",), "give the shape of one sample: --shape 3x32x32"),
         ((f"{HERE}:bare", "--shape", "3,32"), "--shape '3,32' is not of the form 3x32x32"),
         ((f"{HERE}:network", "--exits", "blocks.11"), "blocks.1"),
+        ((f"{HERE}:bare", "--shape", "3x5"), "samples of --shape 3x5 fails with RuntimeError"),
+        ((f"{HERE}:other_example",), f"the example of '{HERE}:other_example' fails with RuntimeEr"),
+        (("torch.nn:Linear",), "'torch.nn:Linear' cannot be called without arguments: missing a"),
     ],
 )
 def test_bad_words_are_one_message(capsys, arguments, text):
@@ -590,3 +601,55 @@ def test_a_folder_for_a_policy_or_a_trace(fitted, tmp_path, capsys):
     data = f"--data={HERE}:calibration"
     message = refused(capsys, "record", fitted, data, f"--out={tmp_path}")
     assert "is a folder" in message
+
+
+def test_data_that_the_network_does_not_take_are_named(fitted, tmp_path, capsys):
+    network, data = f"{HERE}:network", f"--data={HERE}:other_width"
+    for words in (
+        ("fit", network, data, f"--out={tmp_path / 'model'}", "--epochs=1"),
+        ("record", fitted, data, f"--out={tmp_path / 't.safetensors'}"),
+        ("plan", network, data),
+    ):
+        message = refused(capsys, *words)
+        assert f"{HERE}:other_width" in message
+        assert "fails with RuntimeError: mat1 and mat2 shapes cannot be multiplied" in message
+
+
+@pytest.mark.parametrize("command", ["demo", "evaluate", "plan", "fit", "zoo run"])
+def test_a_negative_seed_is_refused_before_the_work(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*command.split(), "--seed", "-1"])
+    assert ended.value.code == 2
+    assert "Invalid value for '--seed'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [".", "there"])
+def test_a_folder_in_the_place_of_a_file_is_one_message(
+    fitted, tmp_path, capsys, monkeypatch, name
+):
+    data = f"--data={HERE}:held_out"
+    call(capsys, "record", fitted, data, "--out", tmp_path / "trace")
+    Policy("confidence", [0.5, 0.5]).save(tmp_path / "policy")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ("calibrate", "trace", "--max-cost=0.9", "--out", name),
+        ("evaluate", "trace", "policy", "--html", name),
+    ):
+        assert f"error: {name} is a folder; expected the name of a file" in refused(capsys, *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy", "there", "trace"]
+
+
+class Writes(nn.Linear):
+    """Its inputs are scaled where they are."""
+
+    def forward(self, x):
+        return super().forward(x.mul_(2))
+
+
+def writes():
+    return Writes(12, 4), example_of("mlp")
+
+
+def test_the_example_is_as_the_factory_made_it():
+    assert torch.equal(backbone_of(f"{HERE}:writes")[1], example_of("mlp"))

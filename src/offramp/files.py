@@ -23,7 +23,12 @@ def replaced(path: Path) -> Iterator[Path]:
 
     Yields:
         A path in the same folder, where nothing is yet.
+
+    Raises:
+        IsADirectoryError: a folder stands there.
     """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write.")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -378,6 +379,9 @@ def test_what_is_not_an_artifact_is_not_replaced(tmp_path: Path) -> None:
         assert (app / "precious.txt").read_text() == "x"
         assert (app / MANIFEST).read_text() == foreign
     (app / MANIFEST).write_text(json.dumps({"kind": artifact.KIND}))  # damaged, but one of them
+    with pytest.raises(ArtifactError, match=r"beside its artifact, .*: precious\.txt\. Move"):
+        export(one.model, policy, one.example, app)
+    (app / "precious.txt").rename(app / MODEL)
     verify(export(one.model, policy, one.example, app))
 
 
@@ -522,3 +526,44 @@ def test_what_is_replaced_while_it_is_read_is_read_anew(
 
     monkeypatch.setattr(artifact, "_manifest", then_replaced)
     assert load(older)(x).exit.tolist() == [2] * len(x)
+
+
+def test_files_of_others_in_an_artifact_are_not_lost(tmp_path: Path) -> None:
+    one, path = case("mlp"), tmp_path / "made"
+    policy = Policy("confidence", [0.5, 0.5])
+    export(one.model, policy, one.example, path, stages=True)
+    export(one.model, policy, one.example, path, stages=True)
+    (path / "NOTES.txt").write_text("mine", "utf-8")
+    (path / "stages" / "more").mkdir()
+    (path / "stages" / "more" / "own.onnx").write_text("mine", "utf-8")
+    words = r"made holds files beside its artifact.*: NOTES.txt, stages/more/own.onnx\. Move"
+    with pytest.raises(ArtifactError, match=words):
+        export(one.model, policy, one.example, path)
+    assert (path / "NOTES.txt").read_text("utf-8") == "mine"
+    verify(path)
+
+
+class Pair(NamedTuple):
+    u: Tensor
+    v: Tensor
+
+
+class OfPairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, pair: Pair) -> Tensor:
+        return self.last(torch.tanh(self.first(pair.u - pair.v)))
+
+
+def test_a_structure_that_no_file_holds_is_refused_before_the_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    example = (Pair(torch.randn(4, 6), torch.randn(4, 6)),)
+    model = attach(OfPairs(), example, exits=["first"])
+    Runner(model, Policy.final(), example)(*example)
+    monkeypatch.setattr(artifact, "convert", None)
+    with pytest.raises(ArtifactError, match=r"structure of the example, .* Let the model take tup"):
+        export(model, Policy.final(), example, tmp_path / "made")
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from offramp.decide.policy import Policy
 from offramp.errors import DataError, OfframpError
 from offramp.run.artifact import export, load
 from offramp.run.runner import Runner
-from offramp.run.times import StageTimes, rows_in_memory
+from offramp.run.times import MEMORY, StageTimes, rows_in_memory
 from tests.networks import example_of
 from tests.run.conftest import case, rows_of
 from tests.run.test_select import graphs
@@ -106,12 +107,18 @@ def test_bad_text_is_named(engine: str, change: dict[str, object], text: str) ->
         runner_of("encoder", engine)({**example_of("encoder", 2), **change})
 
 
-@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
-def test_tokens_beyond_the_vocabulary_do_not_crash(engine: str) -> None:
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime", "openvino"])
+@pytest.mark.parametrize("wrong", [10**6, -1, -100])
+def test_tokens_outside_of_the_vocabulary_are_refused(engine: str, wrong: int) -> None:
+    """ONNX Runtime would count negative ones from the end, and OpenVINO answer for any."""
     x = example_of("encoder", 2)
-    x["input_ids"][1, 0] = 10**6
-    with pytest.raises(Exception, match=r"index|bounds"):
-        runner_of("encoder", engine)(x)
+    x["input_ids"][1, 0] = wrong
+    runner = runner_of("encoder", engine)
+    for batch in (x, {name: value[1:] for name, value in x.items()}):
+        with pytest.raises(DataError, match=rf"'input_ids' has values from .*{abs(wrong)}"):
+            runner(batch)
+        with pytest.raises(DataError, match="'input_ids' has values from"):
+            runner(batch, deadline_ms=1e4)
 
 
 @pytest.mark.parametrize("policy", [Policy("patience", [0.0, 0.0]), Policy("confidence", [-9, 0])])
@@ -276,3 +283,75 @@ def test_graphs_without_edges_are_a_batch_and_no_graphs_are_none(engine: str) ->
     none = {**bare, "x": bare["x"][:0], "batch": bare["batch"][:0], "graphs": bare["graphs"][:0]}
     with pytest.raises(DataError, match="'graphs' is an empty batch"):
         runner(**none)
+
+
+class Optional(nn.Module):
+    """One tensor, and what may be left out or is a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        h = torch.tanh(self.first(x))
+        return self.last(h if mask is None else h * mask) * scale
+
+
+@pytest.mark.parametrize("kind", [Tensor.numpy, Tensor.clone])
+@pytest.mark.parametrize("given", [{"mask": torch.ones(4, 8)}, {"scale": torch.tensor([1.0, 2.0])}])
+def test_a_tensor_in_the_place_of_a_constant_is_refused(
+    kind: Callable[[Tensor], object], given: dict[str, Tensor]
+) -> None:
+    example = {"x": torch.randn(4, 6), "mask": None, "scale": 2.0}
+    runner = Runner(attach(Optional(), example, exits=["first"]), Policy.final(), example)
+    assert len(runner(**example).exit) == 4
+    other = {name: kind(value) for name, value in given.items()}
+    with pytest.raises(DataError, match=r"has the structure .* but the example had \(mask=None"):
+        runner(**{**example, **other})
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_arrays_are_an_example_as_tensors_are(engine: str, tmp_path: Path) -> None:
+    one, policy = case("mlp"), Policy("confidence", [0.5, 0.5])
+    array = one.example.numpy()[:, ::-1]
+    array.flags.writeable = False
+    runner, wanted = Runner(one.model, policy, array, engine=engine), runner_of("mlp", engine)
+    for x in (example_of("mlp", 7), example_of("mlp", 7).numpy()):
+        assert np.array_equal(runner(x).exit, wanted(x).exit)
+        assert type(runner(x).logits) is type(x)
+    if engine == "onnxruntime":
+        made = load(export(one.model, policy, array, tmp_path / "made"))
+        assert np.array_equal(made(x).exit, wanted(x).exit)
+
+
+class Named(nn.Module):
+    """One positional argument that is a mapping."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.last(torch.tanh(self.first(batch["u"] - batch["v"])))
+
+
+def test_a_mapping_may_be_the_one_argument() -> None:
+    given = {"u": torch.randn(4, 6), "v": torch.randn(4, 6)}
+    model = attach(Named(), (given,), exits=["first"])
+    runner = Runner(model, Policy.final(), (given,))
+    with torch.no_grad():
+        wanted = model(given).final
+    for args in ((given,), ((given,),)):  # as the model is called, and as the example was given
+        assert torch.allclose(runner(*args).logits, wanted, atol=1e-6)
+    with pytest.raises(DataError, match="the structure"):
+        runner(**given)
+
+
+@pytest.mark.skipif(not MEMORY.is_file(), reason="this system does not tell")
+def test_memory_that_files_fill_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told = tmp_path / "meminfo"
+    told.write_text("MemFree:  100 kB\nMemAvailable:   4000 kB\nCached:  3900 kB\n", "ascii")
+    monkeypatch.setattr("offramp.run.times.MEMORY", told)
+    assert rows_in_memory(1024, torch.device("cpu")) == 2000
+    told.write_text("MemFree:  100 kB\n", "ascii")  # as before Linux 3.14
+    assert rows_in_memory(1024, torch.device("cpu")) > 2000

@@ -17,6 +17,7 @@ from offramp.decide.policy import replay
 from offramp.errors import DataError, PlaceError, TrainingError
 from offramp.run.artifact import export, load
 from offramp.run.runner import Runner
+from offramp.zoo.running import note
 from offramp.zoo.text import (
     TEXT,
     Sentences,
@@ -278,6 +279,42 @@ def test_what_a_text_system_lacks_is_named(
         open_sentences(tmp_path, network)
     with pytest.raises(DataError, match="holds no encoder"):
         open_encoder(tmp_path / "nothing", 2)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_a_classifier_that_was_saved_is_drawn_anew(tmp_path: Path, classes: int) -> None:
+    """It is for two labels, and perhaps not for these."""
+    network, wanted = saved(tmp_path / "bert"), encoder().state_dict()
+    first, again, other = (open_encoder(network, classes, seed) for seed in (1, 1, 2))
+    for name, value in first.state_dict().items():
+        ours = name.startswith("classifier.")
+        assert torch.equal(value, again.state_dict()[name])
+        assert ours or torch.equal(value, wanted[name])
+    assert first.classifier.weight.shape == (classes, 16)
+    assert not torch.equal(first.classifier.weight, other.classifier.weight)
+    assert not torch.equal(first.classifier.weight[:2], wanted["classifier.weight"])
+    assert not first.training
+
+
+def test_files_of_an_encoder_that_are_damaged_are_named(tmp_path: Path) -> None:
+    network = saved(tmp_path / "bert")
+    weights = network / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(DataError, match=r"bert holds no encoder: SafetensorError: .* Pass the fol"):
+        open_encoder(network, 2)
+    (network / "tokenizer.json").write_text("{", "utf-8")
+    with pytest.raises(DataError, match=r"tokenizer\.json holds no tokenizer: .*EOF while parsing"):
+        open_sentences(tmp_path, network)
+
+
+def test_a_note_on_a_training_that_is_damaged(tmp_path: Path) -> None:
+    note(tmp_path, {"seed": 1})
+    (tmp_path / "training.safetensors").write_bytes(b"")
+    note(tmp_path, {"seed": 1})
+    for content in ("{", "[]"):
+        (tmp_path / "recipe.json").write_text(content, "utf-8")
+        with pytest.raises(TrainingError, match=r"recipe\.json is damaged: .* or remove this one"):
+            note(tmp_path, {"seed": 1})
 
 
 def test_heads_learn_at_a_rate_of_their_own() -> None:

@@ -81,7 +81,8 @@ class TapHook:
         tensor = tensors[item]
         if capture.copies or index in self.copied:
             tensor = tensor.clone()
-        elif capture.learns and not torch.compiler.is_compiling():  # a compiler knows no versions
+        elif capture.learns and not (torch.compiler.is_compiling() or tensor.is_inference()):
+            # Compilers and inference mode know no versions.
             capture.versions[index] = tensor._version
         capture.features[index] = tensor
 

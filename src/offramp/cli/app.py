@@ -47,7 +47,7 @@ Exits = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn at random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn at random.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -139,7 +139,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Find where exits pay in a trained network; without data, place them evenly over the cost."""
-    from offramp.cli.factories import backbone_of, loader_of
+    from offramp.cli.factories import backbone_of, loader_of, running_on
     from offramp.places.search import plan as search
 
     if data is None and (held_out or heads):
@@ -148,19 +148,22 @@ def plan(
             "placed by cost alone."
         )
     backbone, example = backbone_of(network, shape)
-    found = search(
-        backbone,
-        example,
-        None if data is None else loader_of(data),
-        method="percentiles" if data is None else "search",
-        exits=exits,
-        heads=None if heads is None else [name.strip() for name in heads.split(",")],
-        held_out=None if held_out is None else loader_of(held_out),
-        worth=worth,
-        samples=samples,
-        seed=seed,
-        progress=not as_json,
-    )
+    loaders = [None if name is None else loader_of(name) for name in (data, held_out)]
+    sources = ", ".join(name for name in (network, data, held_out) if name is not None)
+    with running_on(f"the example or the batches of {sources}"):
+        found = search(
+            backbone,
+            example,
+            loaders[0],
+            method="percentiles" if data is None else "search",
+            exits=exits,
+            heads=None if heads is None else [name.strip() for name in heads.split(",")],
+            held_out=loaders[1],
+            worth=worth,
+            samples=samples,
+            seed=seed,
+            progress=not as_json,
+        )
     if out is not None:
         _write(out, (json.dumps(found.to_json(), indent=2, allow_nan=False) + "\n").encode())
     _show(found.to_json(), found, as_json)
@@ -193,7 +196,7 @@ def fit(
     import torch
 
     from offramp.build.model import attach
-    from offramp.cli.factories import backbone_of, loader_of
+    from offramp.cli.factories import backbone_of, loader_of, running_on
     from offramp.cli.saved import read_plan, save_model
     from offramp.train.loop import fit as train
 
@@ -206,15 +209,17 @@ def fit(
         (_exits(exits or "3", backbone), None) if planned is None else read_plan(planned)
     )
     model = attach(backbone, example, exits=places, heads=heads or "auto", cascade=cascade)
-    history = train(
-        model,
-        loader_of(data),
-        scheme=scheme,
-        epochs=epochs,
-        lr=rate,
-        seed=seed,
-        progress=not as_json,
-    )
+    loader = loader_of(data)
+    with running_on(f"the batches of {data!r}"):
+        history = train(
+            model,
+            loader,
+            scheme=scheme,
+            epochs=epochs,
+            lr=rate,
+            seed=seed,
+            progress=not as_json,
+        )
     save_model(model, out, network, shape, heads)
     rows = [row.to_dict() for row in history.rows]
     facts = {"out": str(out), "places": list(model.places), "history": rows}
@@ -232,13 +237,15 @@ def record(
     as_json: AsJson = False,
 ) -> None:
     """Keep what every exit of a trained model, or of an artifact, says on data."""
-    from offramp.cli.factories import loader_of
+    from offramp.cli.factories import loader_of, running_on
     from offramp.cli.saved import load_model
     from offramp.decide.record import record as keep
     from offramp.run.artifact import MANIFEST, load
 
     loaded = load(model) if (model / MANIFEST).is_file() else load_model(model)[0]
-    trace = keep(loaded, loader_of(data), source=source, path=out, progress=not as_json)
+    loader = loader_of(data)
+    with running_on(f"the batches of {data!r}"):
+        trace = keep(loaded, loader, source=source, path=out, progress=not as_json)
     facts = {
         "out": str(out),
         "samples": trace.num_samples,

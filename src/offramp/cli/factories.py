@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from offramp.errors import DataError, near_matches
+from offramp.build.batch import as_call
+from offramp.build.watch import as_found
+from offramp.errors import DataError, OfframpError, near_matches
 
-__all__ = ["backbone_of", "loader_of"]
+__all__ = ["backbone_of", "loader_of", "running_on"]
 
 
 def backbone_of(name: str, shape: str | None = None) -> tuple[nn.Module, Any]:
@@ -26,7 +31,8 @@ def backbone_of(name: str, shape: str | None = None) -> tuple[nn.Module, Any]:
         shape: of one float32 sample, as ``3x32x32``; instead of the factory's example.
 
     Raises:
-        DataError: it cannot be imported, makes something else, or there is no example.
+        DataError: it cannot be imported, makes something else, there is no example, or the network
+            fails on it.
     """
     made = _call(name)
     backbone, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -42,7 +48,33 @@ def backbone_of(name: str, shape: str | None = None) -> tuple[nn.Module, Any]:
             f"{name!r} gave no example. Let it return (network, example batch of two or more "
             "samples), or give the shape of one sample: --shape 3x32x32."
         )
+    # It may write to its inputs, and the example is not done with.
+    args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, as_call(example))
+    what = f"the example of {name!r}" if shape is None else f"samples of --shape {shape}"
+    with as_found(backbone), running_on(what):
+        backbone(*args, **kwargs)
     return backbone, example
+
+
+@contextmanager
+def running_on(what: str) -> Iterator[None]:
+    """Tell what a network runs on where that does not fit it.
+
+    Args:
+        what: in words, with the name or the option that it came by.
+
+    Raises:
+        DataError: in place of what torch raises on inputs of other shapes, types or number.
+    """
+    try:
+        yield
+    except OfframpError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"Running the network on {what} fails with {type(error).__name__}: {error}. Expected "
+            "inputs as its forward takes them; call it on one batch in Python to see where."
+        ) from error
 
 
 def loader_of(name: str) -> Iterable[Any]:
@@ -79,6 +111,13 @@ def _call(name: str) -> Any:  # noqa: ANN401
         near = near_matches(attribute, [n for n in dir(module) if callable(getattr(module, n))])
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise DataError(f"The module {module_name!r} has no function {attribute!r}.{hint}")
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as error:
+        raise DataError(
+            f"{name!r} cannot be called without arguments: {error}. Name a function that takes "
+            "none, and calls it with them."
+        ) from error
     return factory()
 
 

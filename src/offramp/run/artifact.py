@@ -74,7 +74,8 @@ def export(
         model: the multi-exit model.
         policy: the criterion and its thresholds, which become the file's default thresholds.
         example: an input batch of at least two samples.
-        path: the folder to write; an artifact that stands there is replaced.
+        path: the folder to write; an artifact that stands there is replaced, unless the folder
+            holds other files, too.
         classes: names of the classes, in order, for whoever reads the answers; as JSON.
         preprocessing: what was done to the inputs, as JSON, for whoever prepares them.
         exits: ``"active"`` leaves out exits that the policy switched off, head and all;
@@ -89,7 +90,7 @@ def export(
         EqualityError: the file does not answer as the model does; nothing is written.
         StageError: the model cannot be cut or written as ONNX, or has a ``select`` function.
         ArtifactError: something else stands at ``path``, ``classes`` do not fit, or
-            ``preprocessing`` or ``classes`` are no JSON.
+            ``preprocessing``, ``classes`` or what the example has beside tensors are no JSON.
         PolicyError: the policy is for another number of exits, or cannot be had with all exits.
     """
     target = Path(path)
@@ -107,6 +108,7 @@ def export(
     staged = cut(model, example, kept)
     _as_json("What the example has beside tensors", _constants(staged.call))
     steps = chain(staged, policy, model.num_exits)
+    facts = _facts(model, staged, steps)
     file = connect(convert(steps), steps, staged.call.names)
     parts = {MODEL: file.SerializeToString()}
     proof = compare_file(parts[MODEL], model, policy, staged)
@@ -115,7 +117,7 @@ def export(
         parts |= {STAGE.format(k): one.SerializeToString() for k, one in enumerate(singles)}
     parts[POLICY] = json.dumps(policy.to_json(), indent=1).encode()
     manifest = {
-        **_facts(model, staged, steps),
+        **facts,
         "classes": classes,
         "preprocessing": preprocessing,
         "stages": stages,
@@ -126,7 +128,7 @@ def export(
 
 
 def _check_replaceable(target: Path) -> None:
-    """Refuse a path where something other than an artifact stands, which would be lost."""
+    """Refuse a path where something other than an artifact stands, or lies in one, to be lost."""
     if not target.exists():
         return
     try:
@@ -140,6 +142,14 @@ def _check_replaceable(target: Path) -> None:
         ) from error
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise ArtifactError(f"{target} exists and is no artifact of offramp. Choose another path.")
+    own = {MANIFEST, MODEL, POLICY, *manifest.get("sha256", ())}
+    there = (Path(folder, name) for folder, _, names in os.walk(target) for name in names)
+    foreign = sorted({path.relative_to(target).as_posix() for path in there} - own)
+    if foreign:
+        raise ArtifactError(
+            f"{target} holds files beside its artifact, which would be lost: {', '.join(foreign)}. "
+            "Move them away, or choose another path."
+        )
 
 
 def _as_json(what: str, value: Any) -> Any:  # noqa: ANN401
@@ -247,7 +257,7 @@ def _facts(model: MultiExitModel, staged: StagedModel, steps: Sequence[Step]) ->
         "kind": KIND,
         "inputs": _inputs(staged.call),
         "outputs": ["logits", "prediction", "exit", "score"],
-        "structure": pytree.treespec_dumps(staged.call.spec),
+        "structure": _structure(staged.call),
         "constants": _constants(staged.call),
         "num_classes": model.num_classes,
         "places": list(model.places),
@@ -263,6 +273,16 @@ def _facts(model: MultiExitModel, staged: StagedModel, steps: Sequence[Step]) ->
     }
 
 
+def _structure(call: Call) -> str:
+    try:
+        return pytree.treespec_dumps(call.spec)
+    except (NotImplementedError, TypeError) as error:
+        raise ArtifactError(
+            f"The structure of the example, {call.describe()}, cannot be written as JSON: {error}. "
+            "Let the model take tuples, lists and mappings."
+        ) from error
+
+
 def _constants(call: Call) -> dict[str, Any]:
     """What stands in the example beside tensors, by position."""
     return {
@@ -273,14 +293,16 @@ def _constants(call: Call) -> dict[str, Any]:
 
 
 def _inputs(call: Call) -> list[dict[str, Any]]:
+    given = zip(call.names, call.tensors, call.finite, strict=True)
     return [
         {
             "name": name,
             "dtype": str(value.dtype).removeprefix("torch."),
             "shape": [None, *value.shape[1:]],
             "finite": finite,  # whether NaN and infinite values are refused
+            "entries": call.entries.get(position),  # of the embedding that reads it
         }
-        for name, value, finite in zip(call.names, call.tensors, call.finite, strict=True)
+        for position, (name, value, finite) in enumerate(given)
     ]
 
 
@@ -299,7 +321,8 @@ def _call(manifest: Mapping[str, Any]) -> Call:
     constants = {int(i): value for i, value in manifest["constants"].items()}
     positions = range(len(constants) + len(manifest["inputs"]))
     leaves = [constants[i] if i in constants else next(tensors) for i in positions]
-    return Call(leaves, spec)
+    entries = {k: n for k, entry in enumerate(manifest["inputs"]) if (n := entry.get("entries"))}
+    return Call(leaves, spec, entries)
 
 
 def _link_to_json(step: Step) -> dict[str, Any]:

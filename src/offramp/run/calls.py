@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,15 +24,23 @@ class Call:
     Attributes:
         leaves: all leaves of ``(args, kwargs)``: tensors and constants.
         spec: their structure.
+        entries: for tensors that an embedding reads, by position, how many entries that has.
     """
 
     leaves: list[Any]
     spec: pytree.TreeSpec
+    entries: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, example: object) -> Call:
-        """The call that an example stands for: a tensor, a tuple, or a mapping of keywords."""
-        return cls.of_call(*as_call(example))
+        """The call that an example stands for: a tensor, a tuple, or a mapping of keywords.
+
+        Arrays become tensors, with memory of their own.
+        """
+        args, kwargs = pytree.tree_map_only(
+            np.ndarray, lambda array: torch.from_numpy(np.array(array, order="C")), as_call(example)
+        )
+        return cls.of_call(args, kwargs)
 
     @classmethod
     def of_call(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:

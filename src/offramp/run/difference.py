@@ -41,6 +41,8 @@ def first_mixing(model: MultiExitModel, staged: StagedModel, row: int, tolerance
     together = _module_outputs(model, call, call.tensors)
     alone = _module_outputs(model, call, staged.take(call.tensors, torch.tensor([row])))
     for (path, batch), (_, single) in zip(together, alone, strict=False):
+        if 0 in (batch.ndim, single.ndim):  # one number for all rows is of none of them
+            continue
         if not len(single) or len(batch) != len(single) * staged.samples:
             continue
         share = len(single)

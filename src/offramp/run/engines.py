@@ -7,6 +7,8 @@ function over arrays of its own kind. It knows nothing of exits; the runner know
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import mmap
 import os
 import tempfile
 import threading
@@ -345,6 +347,7 @@ class OnnxEngine(_NumpyArrays):
 def _put_aside(models: Sequence[bytes]) -> Callable[[], list[bytes]]:
     """Keep models on the disk rather than in memory, as long as what reads them is kept."""
     sizes = [len(model) for model in models]
+    ends = list(itertools.accumulate(sizes))
     try:
         file = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
         try:
@@ -358,8 +361,9 @@ def _put_aside(models: Sequence[bytes]) -> Callable[[], list[bytes]]:
         return lambda: held
 
     def read() -> list[bytes]:
-        file.seek(0)
-        return [file.read(size) for size in sizes]
+        # Not by seeking: processes that were forked share the place where a file is read.
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return [content[end - size : end] for size, end in zip(sizes, ends, strict=True)]
 
     weakref.finalize(read, file.close)
     return read

@@ -288,8 +288,22 @@ class Cutter:
         rows = {node.name: self._row_axis(node) for node in crossing}
         names = tuple(node.name for node in self.inputs)
         size = row_bytes(self.program.graph, self.varying)
-        staged = StagedModel(tuple(stages), rows, names, self.call, size, self._selector(rows))
+        call = replace(self.call, entries=self._entries())
+        staged = StagedModel(tuple(stages), rows, names, call, size, self._selector(rows))
         return oriented(staged)
+
+    def _entries(self) -> dict[int, int]:
+        """For inputs that embeddings read, by position, how many entries the smallest has."""
+        found: dict[int, int] = {}
+        for position, node in enumerate(self.inputs):
+            tables = [
+                user.all_input_nodes[0].meta["val"].shape[0]
+                for user in node.users
+                if user.target is torch.ops.aten.embedding.default and user.args[1] is node
+            ]
+            if tables:
+                found[position] = int(min(tables))
+        return found
 
     def _selector(self, rows: dict[str, RowAxis | None]) -> Selector | None:
         """The selector, knowing where to send row numbers through for the axes that cross."""

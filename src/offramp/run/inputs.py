@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offramp.build.batch import as_call
 from offramp.errors import DataError
 from offramp.run.calls import Call
 from offramp.run.selection import Selector, samples_of
 
-__all__ = ["check_call", "check_finite", "explain_not_finite", "flat_call"]
+__all__ = ["check_call", "check_entries", "check_finite", "explain_not_finite", "flat_call"]
 
 
 def check_call(
@@ -31,11 +32,10 @@ def check_call(
     """
     given = flat_call(args, kwargs, known)
     if given is None:
-        if args and kwargs:
-            call = Call.of_call(args, kwargs)
-        else:
-            call = Call.of(args[0] if len(args) == 1 else args or kwargs)
-        if call.spec != known.spec or not _same_kinds(call, known):
+        call = Call.of_call(args, kwargs)
+        if len(args) == 1 and not kwargs and not _alike(call, known):
+            call = Call.of_call(*as_call(args[0]))  # the one thing that the example was
+        if not _alike(call, known):
             raise DataError(
                 f"The input has the structure {call.describe()}, but the example had "
                 f"{known.describe()}. Pass the same arguments as the example has."
@@ -77,11 +77,14 @@ def flat_call(args: tuple[Any, ...], kwargs: dict[str, Any], known: Call) -> lis
     return given if all(isinstance(value, Tensor | np.ndarray) for value in given) else None
 
 
-def _same_kinds(call: Call, known: Call) -> bool:
+def _alike(call: Call, known: Call) -> bool:
     """Whether tensors stand where the example had some, and its own constants elsewhere."""
+    if call.spec != known.spec:
+        return False
     kinds = (Tensor, np.ndarray)
     return all(
-        isinstance(leaf, kinds) if isinstance(like, kinds) else leaf is like or leaf == like
+        isinstance(leaf, kinds) == isinstance(like, kinds)
+        and (isinstance(like, kinds) or leaf is like or leaf == like)
         for leaf, like in zip(call.leaves, known.leaves, strict=True)
     )
 
@@ -102,6 +105,25 @@ def check_finite(given: Sequence[Any], known: Call) -> None:
             f"The values of row {bad[0]} ({len(bad)} of {len(value)} rows) are not finite: the "
             f"input has NaN or infinite values in {name!r}. Leave these rows out, or mend them."
         )
+
+
+def check_entries(given: Sequence[Any], known: Call) -> None:
+    """Refuse numbers of entries that an embedding does not have.
+
+    ONNX Runtime takes a negative one as counted from the end, and OpenVINO answers for any. What
+    lies on a device is not looked at, since that would wait for it.
+    """
+    for position, entries in known.entries.items():
+        value = given[position]
+        if 0 in value.shape or (isinstance(value, Tensor) and value.device.type != "cpu"):
+            continue
+        low, high = int(value.min()), int(value.max())
+        if low < 0 or high >= entries:
+            raise DataError(
+                f"Input {known.names[position]!r} has values from {low} to {high}, and the "
+                f"embedding that reads it has the entries 0..{entries - 1}. Check the tokenizer, "
+                "and mask padding rather than mark it by a number of its own."
+            )
 
 
 def _finite(value: Tensor | np.ndarray) -> bool:

@@ -34,6 +34,7 @@ __all__ = ["convert", "model_like", "parts_of", "split"]
 
 OPSET = 20
 IR_VERSION = 10
+MOST_BYTES = 2**31 - 1  # of what protobuf writes
 
 
 class _Side(nn.Module):
@@ -51,8 +52,10 @@ def convert(steps: Sequence[Step]) -> onnx.ModelProto:
     """All steps as one graph of parts that do not touch; values are named ``position/name``.
 
     Raises:
-        StageError: an operator has no counterpart in ONNX; it is named.
+        StageError: an operator has no counterpart in ONNX; it is named. Or the weights are more
+            than a file of ONNX can hold.
     """
+    _check_size(steps)
     shapes = []
     for position, step in enumerate(steps):
         batch = Dim(f"batch_{position}", min=1)
@@ -89,6 +92,16 @@ def convert(steps: Sequence[Step]) -> onnx.ModelProto:
     keep_in_blocks(model, begins)
     allow_empty(model, [f"0/{name}" for name in steps[0].inputs])
     return model
+
+
+def _check_size(steps: Sequence[Step]) -> None:
+    weights = [t for step in steps for t in step.module.state_dict().values()]
+    held = sum({tensor.data_ptr(): tensor.nbytes for tensor in weights}.values())
+    if held >= MOST_BYTES:
+        raise StageError(
+            f"The weights of these stages are {held / 1e9:.1f} GB, and a file of ONNX holds "
+            f"{MOST_BYTES / 1e9:.1f} GB. Use engine='torch' or 'inductor'."
+        )
 
 
 @contextmanager

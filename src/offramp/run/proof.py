@@ -292,6 +292,9 @@ def compare_file(
 def variations(tensors: Sequence[Tensor], rows: int, seed: int = 0) -> list[Tensor]:
     """New rows like those of an example: real-valued ones with noise, integers mixed by column.
 
+    Noise stays within what a column of the example holds, and leaves whole numbers whole: a model
+    may take their logarithm, or look them up.
+
     Args:
         tensors: each (B, ...).
         rows: how many to make.
@@ -309,6 +312,9 @@ def variations(tensors: Sequence[Tensor], rows: int, seed: int = 0) -> list[Tens
         if source.is_floating_point():
             noise = torch.randn(fresh.shape, generator=generator).to(fresh.dtype)
             fresh = fresh + 0.5 * source.std().nan_to_num() * noise
+            whole = (source == source.round()).all(0)
+            fresh = torch.where(whole, fresh.round(), fresh)
+            fresh = fresh.clamp(source.amin(0), source.amax(0))
         elif source.ndim > 1:
             other = source[torch.randint(len(source), (rows,), generator=generator)]
             swap = torch.rand(fresh.shape, generator=generator) < 0.3
@@ -322,7 +328,8 @@ def _eager(model: MultiExitModel, staged: StagedModel, rows: list[Tensor]) -> li
     found: list[list[Tensor]] = [[] for _ in staged.exits]
     with evaluating(model), torch.no_grad():
         for start in range(0, len(rows[0]), BATCHES[-1]):
-            args, kwargs = staged.call.build([v[start : start + BATCHES[-1]] for v in rows])
+            part_of = [v[start : start + BATCHES[-1]].clone() for v in rows]  # it may write there
+            args, kwargs = staged.call.build(part_of)
             outputs = model(*args, **kwargs)
             for part, exit in zip(found, staged.exits, strict=True):
                 part.append(outputs[exit].float().cpu())

@@ -24,13 +24,19 @@ from offramp.build.cost import ExitCosts
 from offramp.build.model import ExitOutputs, MultiExitModel
 from offramp.decide.criteria import criterion_to_json
 from offramp.decide.policy import Policy
-from offramp.errors import EqualityError, PolicyError
+from offramp.errors import DataError, EqualityError, PolicyError
 from offramp.run.answers import Answer, Result, as_tensors
 from offramp.run.calls import Call
 from offramp.run.chain import Link, chain, check_state
 from offramp.run.compaction import Compaction
 from offramp.run.engines import Array, Engine, StepCall, StepCalls, engine_of, tensor_of
-from offramp.run.inputs import check_call, check_finite, explain_not_finite, flat_call
+from offramp.run.inputs import (
+    check_call,
+    check_entries,
+    check_finite,
+    explain_not_finite,
+    flat_call,
+)
 from offramp.run.proof import prove
 from offramp.run.rows import RowAxis, most_rows
 from offramp.run.selection import Selector, samples_of, take_samples
@@ -166,9 +172,10 @@ class Runner:
         self._whole: Whole | None = None
         if isinstance(calls, StepCalls) and calls.whole is not None and selector is None:
             self._whole = Whole(engine, calls.whole, self._links, calls.limits)
-        # What is not in single precision is not looked at inside of the one call.
+        # What is not in single precision is not looked at inside of the one call, nor are integers.
         pairs = zip(call.finite, call.tensors, strict=True)
-        self._looks = any(finite and value.dtype != torch.float32 for finite, value in pairs)
+        single = not any(finite and value.dtype != torch.float32 for finite, value in pairs)
+        self._looks = bool(call.entries) or not single
         self._takes_one = call.flat == (1, ())
         self._checked: list[Any] | None = None
         self._seen: tuple[Any, Any] | None = None  # shape and dtype of a single row
@@ -292,17 +299,20 @@ class Runner:
 
         Raises:
             DataError: another structure, dtype or shape than the example; an empty batch; inputs
-                that are not finite, or integers that the engine would cut.
+                that are not finite, integers that the engine would cut, or that an embedding does
+                not have; a deadline that is no number.
         """
         if self._seen is not None and len(args) == 1 and deadline_ms is None and not kwargs:
             answer = self._like_the_last(args[0])
             if answer is not None:
                 return answer
-        begin = 0.0 if deadline_ms is None else time.perf_counter()
+        end = None if deadline_ms is None else time.perf_counter() + _seconds(deadline_ms)
         given = self._given(args, kwargs)
-        if samples_of(given, self._selector) > self.max_batch:
-            return self._in_pieces(given, deadline_ms, begin)
-        return self._answer(given, deadline_ms, begin)
+        fits = samples_of(given, self._selector) <= self.max_batch
+        found = self._answer(given, end) if fits else self._in_pieces(given, end)
+        if end is not None and time.perf_counter() > end:  # however many parts it was answered in
+            self._tally.add([], missed=len(found.exit))
+        return found
 
     def _like_the_last(self, value: Any) -> Result | None:  # noqa: ANN401
         """The answer to one row as it came before, where nothing but the engine's call is needed.
@@ -318,10 +328,8 @@ class Runner:
             self._tally.add([exit])
         return found
 
-    def _answer(
-        self, given: Sequence[Any], deadline_ms: float | None, begin: float, first: int = 0
-    ) -> Result:
-        whole = self._whole if self.in_one_call and deadline_ms is None else None
+    def _answer(self, given: Sequence[Any], end: float | None, first: int = 0) -> Result:
+        whole = self._whole if self.in_one_call and end is None else None
         if whole is None or self._looks:
             self._check(given)
         inputs = [self.engine.array(value) for value in given]
@@ -335,17 +343,16 @@ class Runner:
                 return found if arrays else as_tensors(found, given[0].device)
         if whole is not None:
             said = whole(inputs)
-        elif deadline_ms is None:
+        elif end is None:
             said = self._stepwise(inputs)
         else:
-            said = self._execute(inputs, partial(self._leaving_by, begin + deadline_ms / 1e3))
+            said = self._execute(inputs, partial(self._leaving_by, end))
         said.own(inputs)
         if not said.finite:
             if whole is not None:
                 check_finite(given, self.call)
             _look(said, given, first)
-        late = deadline_ms is not None and time.perf_counter() > begin + deadline_ms / 1e3
-        self._tally.add(said.exit.tolist(), missed=len(said.exit) if late else 0)
+        self._tally.add(said.exit.tolist())
         return said.result(given[0])
 
     def _stepwise(self, inputs: Sequence[Array]) -> Answer:
@@ -364,7 +371,7 @@ class Runner:
         exit = np.array([link.exit])
         return Answer(self.engine, exit, values["logits"], values["score"])
 
-    def _in_pieces(self, given: Sequence[Any], deadline_ms: float | None, begin: float) -> Result:
+    def _in_pieces(self, given: Sequence[Any], end: float | None) -> Result:
         """A batch that would not fit into memory, as several."""
         self._check(given)  # of the whole batch, before any of it is answered
         arrays = isinstance(given[0], np.ndarray)
@@ -379,7 +386,7 @@ class Runner:
             else:
                 part = take_samples(tensors, rows, self._selector)
                 part = [value.detach().cpu().numpy() for value in part] if arrays else part
-            pieces.append(self._answer(part, deadline_ms, begin, first))
+            pieces.append(self._answer(part, end, first))
         join = np.concatenate if arrays else torch.cat
         return Result(*(join([getattr(p, f.name) for p in pieces]) for f in fields(Result)))
 
@@ -444,6 +451,7 @@ class Runner:
     def _check(self, given: Sequence[Any]) -> None:
         """Refuse values that would not be answered as they should be."""
         check_finite(given, self.call)
+        check_entries(given, self.call)
         self.engine.check(self.call.names, given)
 
     def _leaving(self, position: int, values: dict[str, Array]) -> np.ndarray:
@@ -515,6 +523,14 @@ class Runner:
     def reset(self) -> None:
         """Start the statistics anew."""
         self._tally = Tally(self.costs, [link.exit for link in self._links])
+
+
+def _seconds(milliseconds: float) -> float:
+    if not isinstance(milliseconds, int | float) or math.isnan(milliseconds):
+        raise DataError(
+            f"deadline_ms is a number of milliseconds, as in 5.0; got {milliseconds!r}."
+        )
+    return milliseconds / 1e3
 
 
 def _look(said: Answer, given: Sequence[Any], first: int = 0) -> None:

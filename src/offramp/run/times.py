@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -28,6 +30,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
+MEMORY = Path("/proc/meminfo")
 REPEATS = 3
 PATIENCE_SECONDS = 1.0  # a larger batch that would take longer than this to time is not timed
 
@@ -212,7 +215,20 @@ def rows_in_memory(row_bytes: float, device: torch.device) -> int:
             # What torch holds for later use is free for it.
             free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            free = _available()
     except (ValueError, OSError, AttributeError):  # not every system tells
         free = 4 << 30
     return max(1, int(free / 2 / max(row_bytes, 1.0)))
+
+
+def _available() -> int:
+    """Bytes that can be had: on Linux also those of files, which are kept until others want them.
+
+    Raises:
+        ValueError, OSError, AttributeError: this system does not tell.
+    """
+    if MEMORY.is_file():
+        found = re.search(r"^MemAvailable: +(\d+) kB$", MEMORY.read_text("ascii"), re.MULTILINE)
+        if found is not None:
+            return int(found[1]) << 10
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -182,11 +182,20 @@ def note(out: Path, now: Mapping[str, object]) -> None:
         now: names and values that JSON can hold; those that are not named are not compared.
 
     Raises:
-        TrainingError: the training that ``out`` holds differs in one of them.
+        TrainingError: the training that ``out`` holds differs in one of them, or what was kept of
+            it is damaged.
     """
     path, kept = out / "recipe.json", dict(now)
     if (out / FILE_NAME).is_file() and path.is_file():
-        before = json.loads(path.read_text("utf-8"))
+        try:
+            before = json.loads(path.read_text("utf-8"))
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise TrainingError(
+                f"{path} is damaged: expected the JSON object that says what the training in {out} "
+                "is made of. Choose another folder, or remove this one to train anew."
+            )
         different = [name for name in now if before.get(name) != now[name]]
         if different:
             name = different[0]

@@ -90,25 +90,35 @@ def run_text(
 
 
 def open_encoder(folder: Path, classes: int, seed: int = 0) -> nn.Module:
-    """An encoder that classifies, in evaluation mode; its last layer is drawn anew.
+    """An encoder that classifies, in evaluation mode; what follows the encoder is drawn anew.
+
+    Args:
+        folder: with weights and configuration, as transformers saves them. A classifier that was
+            saved with them is left there: it may be for other labels.
+        classes: how many the labels have.
+        seed: of what is drawn.
 
     Raises:
         DataError: the folder holds no encoder that transformers can read.
         MissingExtra: the package transformers is not installed.
     """
     try:
-        from transformers import AutoModelForSequenceClassification
+        from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
     except ImportError as error:
         raise MissingExtra("transformers", "transformers", "A text encoder") from error
+    classifiers: Any = AutoModelForSequenceClassification
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model: nn.Module = AutoModelForSequenceClassification.from_pretrained(
-                folder, num_labels=classes, local_files_only=True
-            )
-        except (OSError, ValueError) as error:
+            bare = AutoModel.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, num_labels=classes, local_files_only=True)
+            with torch.device("meta"):  # just to know its class
+                made = type(classifiers.from_config(config))
+            state = bare.state_dict()
+            model: nn.Module = made.from_pretrained(None, config=config, state_dict=state)
+        except Exception as error:  # transformers hands on what any of its readers raises
             raise DataError(
-                f"{folder} holds no encoder: {str(error).splitlines()[0]} Pass the folder that "
+                f"{folder} holds no encoder: {_first_line(error)} Pass the folder that "
                 "save_pretrained wrote: config.json, weights, tokenizer.json."
             ) from error
     return model.eval()
@@ -133,7 +143,13 @@ def open_sentences(data: Path, encoder: Path, most: int | None = None) -> dict[s
     path = encoder / "tokenizer.json"
     if not path.is_file():
         raise DataError(f"There is no {path}. Pass the folder of an encoder that has one.")
-    tokenizer: Any = Tokenizer.from_file(str(path))
+    try:
+        tokenizer: Any = Tokenizer.from_file(str(path))
+    except Exception as error:  # of no class of its own
+        raise DataError(
+            f"{path} holds no tokenizer: {_first_line(error)} Pass the folder of an encoder whose "
+            "tokenizer.json is whole."
+        ) from error
     found = {}
     for part, path in _files(data).items():
         texts, labels = read_tsv(path)
@@ -141,6 +157,10 @@ def open_sentences(data: Path, encoder: Path, most: int | None = None) -> dict[s
             tokenizer, texts[:most], labels[:most], length=LENGTH, shuffled=part == "train"
         )
     return found
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".") + "."
 
 
 def _files(data: Path) -> dict[str, Path]:

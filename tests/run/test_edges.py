@@ -1,0 +1,171 @@
+"""What plausible models and programs do at the edges of the runtime."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offramp import Policy, Runner, attach, export, load
+from offramp.errors import DataError, EqualityError, StageError
+from offramp.run import engines, onnx, proof
+from tests.run.conftest import case
+
+
+class Placed(nn.Module):
+    """Something made of the input by a function, then two layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(width, 8), nn.Linear(8, 4)
+
+    def prepared(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(self.prepared(x))))
+
+
+class Writing(Placed):
+    def prepared(self, x: Tensor) -> Tensor:
+        x -= 0.5
+        x /= 0.25
+        return x
+
+
+class Logarithm(Placed):
+    def prepared(self, x: Tensor) -> Tensor:
+        return torch.log(x + 1e-6)
+
+
+class Category(Placed):
+    """A table whose last column is a category, as a number."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.table = nn.Embedding(5, width)
+
+    def prepared(self, x: Tensor) -> Tensor:
+        return x + self.table(x[:, -1].long())
+
+
+def table(rows: int = 64) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(rows, 6, generator=generator)
+    x[:, -1] = torch.randint(5, (rows,), generator=generator).float()
+    return x
+
+
+@pytest.mark.parametrize("kind", [Writing, Logarithm, Category])
+def test_what_a_model_does_to_its_input_is_exported(kind: type[Placed], tmp_path: Path) -> None:
+    """It may write there, and take only what is positive, or whole."""
+    torch.manual_seed(0)
+    network = kind(6).eval()
+    model = attach(network, table(), exits=["a"])
+    path = export(model, Policy("confidence", [0.5]), table(), tmp_path / "a", exits="all")
+    runner = load(path)
+    with torch.no_grad():
+        wanted = network(table().clone())
+    found = runner.under(Policy("confidence", [2.0]))(table())
+    torch.testing.assert_close(found.logits, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_of_a_proof_are_of_what_the_example_holds() -> None:
+    source = table()
+    made = proof.variations([source], 200)[0]
+    assert bool((made >= source.amin(0)).all())
+    assert bool((made <= source.amax(0)).all())
+    assert set(made[:, -1].tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0}
+    assert len(made.unique(dim=0)) == 200
+
+
+def test_all_parts_of_a_batch_come_as_late_as_the_last() -> None:
+    one = case("mlp")
+    runner = Runner(one.model, Policy("confidence", [2.0, 2.0]), one.example)
+    runner.max_batch = 2
+    first, calls = runner._calls[0], list(runner._calls)
+
+    def slow(values: list[Tensor]) -> list[Tensor]:
+        time.sleep(0.02)
+        return list(first(values))
+
+    runner._calls = [slow, *calls[1:]]
+    x = one.example.repeat(2, 1)
+    runner(x, deadline_ms=50.0)  # five parts, of which the first would be in time
+    assert runner.stats.samples == len(x)
+    assert runner.stats.missed == len(x)
+
+
+@pytest.mark.parametrize("deadline", [float("nan"), "5"])
+def test_a_deadline_is_a_number(deadline: object) -> None:
+    one = case("mlp")
+    runner = Runner(one.model, Policy("confidence", [2.0, 2.0]), one.example)
+    with pytest.raises(DataError, match="deadline_ms is a number of milliseconds"):
+        runner(one.example, deadline_ms=deadline)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system that does not fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of threads: the children read, and end
+def test_processes_that_were_forked_read_what_was_put_aside() -> None:
+    """They share the place at which a file is read."""
+    models = [bytes([k]) * (200_000 + k) for k in range(4)]
+    read = engines._put_aside(models)
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if not child:
+            os._exit(int(any(read() != models for _ in range(200))))
+        children.append(child)
+    own = all(read() == models for _ in range(200))
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    assert own
+
+
+def test_weights_beyond_a_file_of_onnx_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = case("mlp")
+    monkeypatch.setattr(onnx, "MOST_BYTES", 100)
+    policy = Policy("confidence", [0.5, 0.5])
+    with pytest.raises(StageError, match="a file of ONNX holds 0.0 GB. Use engine='torch'"):
+        Runner(one.model, policy, one.example, engine="onnxruntime")
+    assert Runner(one.model, policy, one.example, engine="auto").engine.name == "torch"
+
+
+def test_an_artifact_knows_the_entries_of_embeddings(tmp_path: Path) -> None:
+    one = case("encoder")
+    x = one.example
+    assert isinstance(x, dict)
+    runner = load(export(one.model, Policy("confidence", [0.5, 0.5]), x, tmp_path / "a"))
+    last = {**x, "input_ids": torch.full_like(x["input_ids"], 49)}
+    assert len(runner(last).exit) == len(last["input_ids"])
+    for wrong in (-1, 50):
+        bad = {name: value[:1].clone() for name, value in x.items()}
+        bad["input_ids"][0, 0] = wrong
+        with pytest.raises(DataError, match=r"'input_ids' has .* the entries 0\.\.49"):
+            runner(bad)
+
+
+class Mean(nn.Module):
+    """One number for the whole batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean()
+
+
+class Mixing(Placed):
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.mean = Mean()
+
+    def prepared(self, x: Tensor) -> Tensor:
+        return x - self.mean(x)
+
+
+def test_a_module_that_returns_one_number_hides_no_mixing() -> None:
+    torch.manual_seed(0)
+    model = attach(Mixing(6), table(6), exits=["a"])
+    with pytest.raises(EqualityError, match="the first module that differs is 'a'"):
+        Runner(model, Policy("confidence", [0.5]), table(6))
