@@ -169,3 +169,28 @@ def test_a_module_that_returns_one_number_hides_no_mixing() -> None:
     model = attach(Mixing(6), table(6), exits=["a"])
     with pytest.raises(EqualityError, match="the first module that differs is 'a'"):
         Runner(model, Policy("confidence", [0.5]), table(6))
+
+
+class Reshaped(nn.Module):
+    """Tokens that reach the embedding in another shape and type, and numbers that reach none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a, self.b = nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        found = self.table(ids.view(-1, 4).long().clone()).mean(1) / lengths
+        return self.b(torch.relu(self.a(found)))
+
+
+def test_entries_are_known_behind_other_shapes() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(7, (6, 2, 2), dtype=torch.int32)
+    lengths = torch.randint(1, 9, (6, 1))
+    model = attach(Reshaped(), (ids, lengths), exits=["a"])
+    runner = Runner(model, Policy("confidence", [0.5]), (ids, lengths), engine="onnxruntime")
+    assert runner.call.entries == {0: 7}
+    assert len(runner(ids, lengths + 100).exit) == 6
+    ids[2, 1, 0] = -1
+    with pytest.raises(DataError, match="from -1 to"):
+        runner(ids, lengths)

@@ -28,6 +28,21 @@ from offramp.run.stages import Stage, StagedModel, oriented
 
 __all__ = ["cut"]
 
+_aten = torch.ops.aten
+# What moves values about, or changes their type, and leaves none of them out.
+_SAME_VALUES = {
+    _aten._to_copy,
+    _aten.clone,
+    _aten.expand,
+    _aten.permute,
+    _aten.reshape,
+    _aten.squeeze,
+    _aten.to,
+    _aten.transpose,
+    _aten.unsqueeze,
+    _aten.view,
+}
+
 
 class _Logits(nn.Module):
     """The model as a function of the tensors of a flattened call, one output for each kept exit."""
@@ -295,14 +310,16 @@ class Cutter:
     def _entries(self) -> dict[int, int]:
         """For inputs that embeddings read, by position, how many entries the smallest has."""
         found: dict[int, int] = {}
-        for position, node in enumerate(self.inputs):
-            tables = [
-                user.all_input_nodes[0].meta["val"].shape[0]
-                for user in node.users
-                if user.target is torch.ops.aten.embedding.default and user.args[1] is node
-            ]
-            if tables:
-                found[position] = int(min(tables))
+        for position, given in enumerate(self.inputs):
+            pending = [given]
+            for node in pending:  # which grows
+                for user in node.users:
+                    kind = getattr(user.target, "overloadpacket", None)
+                    if kind in _SAME_VALUES:
+                        pending.append(user)
+                    elif kind is torch.ops.aten.embedding and user.args[1] is node:
+                        entries = int(user.all_input_nodes[0].meta["val"].shape[0])
+                        found[position] = min(entries, found.get(position, entries))
         return found
 
     def _selector(self, rows: dict[str, RowAxis | None]) -> Selector | None:
