@@ -38,6 +38,13 @@ def test_what_fails_leaves_what_was_there(tmp_path: Path, begun: bool) -> None:
     assert [left.name for left in tmp_path.iterdir()] == ["kept.txt"]
 
 
+def test_names_may_be_as_long_as_they_may(tmp_path: Path) -> None:
+    path = tmp_path / ("a" * 255)
+    with replaced(path) as part:
+        part.write_text("one", "utf-8")
+    assert path.read_text("utf-8") == "one"
+
+
 def test_two_writers_do_not_meet(tmp_path: Path) -> None:
     path = tmp_path / "kept.txt"
     with replaced(path) as one:

@@ -30,7 +30,8 @@ def replaced(path: Path) -> Iterator[Path]:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; expected the name of a file to write.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    # A name may have 255 bytes, and these are enough to know it by.
+    part = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex[:8]}.part")
     try:
         yield part
         os.replace(part, path)

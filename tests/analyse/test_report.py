@@ -168,6 +168,12 @@ def test_calibrated_on_some_of_the_samples_warns():
         evaluate(rest, calibrate(held, max_cost=0.7))
 
 
+@pytest.mark.parametrize("data", ["cifar", None, {"inputs": None}, {"inputs": ["a", 2**70]}])
+def test_provenance_of_ones_own_is_no_hindrance(data):
+    trace = replace(make_trace(), inputs=torch.arange(300))
+    assert evaluate(trace, Policy("confidence", [0.9] * 3, {"data": data})).notes == ()
+
+
 def test_a_criterion_fitted_on_some_of_the_samples_warns():
     trace = make_trace()
     fitting, rest = trace.split(0.3)

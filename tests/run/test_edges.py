@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -100,12 +101,15 @@ def test_all_parts_of_a_batch_come_as_late_as_the_last() -> None:
     assert runner.stats.missed == len(x)
 
 
-@pytest.mark.parametrize("deadline", [float("nan"), "5"])
+@pytest.mark.parametrize("deadline", [float("nan"), "soon", [5.0]])
 def test_a_deadline_is_a_number(deadline: object) -> None:
     one = case("mlp")
     runner = Runner(one.model, Policy("confidence", [2.0, 2.0]), one.example)
     with pytest.raises(DataError, match="deadline_ms is a number of milliseconds"):
         runner(one.example, deadline_ms=deadline)  # type: ignore[arg-type]
+    for number in (np.float32(1e4), np.int64(10_000), torch.tensor(1e4)):
+        runner(one.example, deadline_ms=number)  # type: ignore[arg-type]
+    assert runner.stats.missed == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system that does not fork")
@@ -194,3 +198,30 @@ def test_entries_are_known_behind_other_shapes() -> None:
     ids[2, 1, 0] = -1
     with pytest.raises(DataError, match="from -1 to"):
         runner(ids, lengths)
+
+
+class Asked(Reshaped):
+    """Whether there is something at all: a type with room for two values."""
+
+    def forward(self, ids: Tensor, lengths: Tensor) -> Tensor:
+        return super().forward(ids.bool().int(), lengths)
+
+
+def test_conversions_to_narrow_types_say_nothing_of_entries() -> None:
+    torch.manual_seed(0)
+    example = torch.randint(-9, 99, (6, 2, 2)), torch.ones(6, 1)
+    model = attach(Asked(), example, exits=["a"])
+    runner = Runner(model, Policy("confidence", [0.5]), example, engine="onnxruntime")
+    assert runner.call.entries == {}
+    assert len(runner(*example).exit) == 6
+
+
+def test_values_that_are_not_finite_spoil_no_column_of_a_proof() -> None:
+    source = torch.rand(8, 3)
+    source[0, 0], source[1, 1], source[:, 2] = torch.nan, torch.inf, torch.nan
+    made = proof.variations([source], 400)[0]
+    for column, bad in ((0, made[:, 0].isnan()), (1, made[:, 1].isinf())):
+        assert 0 < int(bad.sum()) < 200
+        known = source[:, column][source[:, column].isfinite()]
+        assert float(made[~bad, column].max()) <= float(known.max())
+    assert bool(made[:, 2].isnan().all())

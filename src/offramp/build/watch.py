@@ -18,6 +18,8 @@ from offramp.build.outputs import tensors_in
 
 __all__ = ["ClockWatch", "FlowWatch", "Seen", "SeenTensor", "Watch", "as_found"]
 
+_FULL = (torch.float32, torch.float64)
+
 
 @dataclass(frozen=True)
 class SeenTensor:
@@ -169,7 +171,9 @@ def as_found(backbone: nn.Module) -> Iterator[None]:
             torch.no_grad(),
             contextlib.ExitStack() as exact,
         ):
-            for kind in {place.type for place in places}:
+            # A backbone in half precision may run under autocast alone.
+            full = all(p.dtype in _FULL for p in backbone.parameters() if p.is_floating_point())
+            for kind in {place.type for place in places} if full else ():
                 if torch.amp.is_autocast_available(kind):
                     exact.enter_context(torch.autocast(kind, enabled=False))
             yield

@@ -50,6 +50,7 @@ def backbone_of(name: str, shape: str | None = None) -> tuple[nn.Module, Any]:
         )
     # It may write to its inputs, and the example is not done with.
     args, kwargs = pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, as_call(example))
+    kwargs.pop("labels", None)  # as attach does
     what = f"the example of {name!r}" if shape is None else f"samples of --shape {shape}"
     with as_found(backbone), running_on(what):
         backbone(*args, **kwargs)
@@ -68,11 +69,11 @@ def running_on(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except OfframpError:
+    except (OfframpError, torch.OutOfMemoryError):
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         raise DataError(
-            f"Running the network on {what} fails with {type(error).__name__}: {error}. Expected "
+            f"Reading or running {what} fails with {type(error).__name__}: {error}. Expected "
             "inputs as its forward takes them; call it on one batch in Python to see where."
         ) from error
 

@@ -335,7 +335,7 @@ def _no_more_than_pays(task: _Task, least: float, budget: float) -> Tensor:
     """The thresholds at a budget, or at one below it where they are surely better.
 
     A search spends what it is given. Where later exits turn right answers wrong, that can be too
-    much: the budget is lowered step by step for as long as nothing is lost by it.
+    much: the budget is lowered step by step for as long as nothing is surely lost by it.
     """
     found = best = task.solve(budget)
     gain = measure(task.scored, best, task.right)[1]
@@ -343,9 +343,9 @@ def _no_more_than_pays(task: _Task, least: float, budget: float) -> Tensor:
         if LESS**step * budget <= least:
             break
         tried = task.solve(LESS**step * budget)
-        now = measure(task.scored, tried, task.right)[1]
-        if now < gain:
+        if task.surely_better(best, tried):
             break
+        now = measure(task.scored, tried, task.right)[1]
         if now > gain:
             best, gain = tried, now
     return best if task.surely_better(best, found) else found

@@ -29,15 +29,14 @@ from offramp.run.stages import Stage, StagedModel, oriented
 __all__ = ["cut"]
 
 _aten = torch.ops.aten
-# What moves values about, or changes their type, and leaves none of them out.
+_CONVERTING = {_aten._to_copy, _aten.to}
+# What moves values about and leaves none of them out.
 _SAME_VALUES = {
-    _aten._to_copy,
     _aten.clone,
     _aten.expand,
     _aten.permute,
     _aten.reshape,
     _aten.squeeze,
-    _aten.to,
     _aten.transpose,
     _aten.unsqueeze,
     _aten.view,
@@ -315,7 +314,12 @@ class Cutter:
             for node in pending:  # which grows
                 for user in node.users:
                     kind = getattr(user.target, "overloadpacket", None)
-                    if kind in _SAME_VALUES:
+                    # A narrow type has room for some values only, and makes others of the rest.
+                    wide = kind in _CONVERTING and user.meta["val"].dtype in (
+                        torch.int32,
+                        torch.int64,
+                    )
+                    if wide or kind in _SAME_VALUES:
                         pending.append(user)
                     elif kind is torch.ops.aten.embedding and user.args[1] is node:
                         entries = int(user.all_input_nodes[0].meta["val"].shape[0])

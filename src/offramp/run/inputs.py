@@ -117,7 +117,8 @@ def check_entries(given: Sequence[Any], known: Call) -> None:
         value = given[position]
         if 0 in value.shape or (isinstance(value, Tensor) and value.device.type != "cpu"):
             continue
-        low, high = int(value.min()), int(value.max())
+        held = np.asarray(value)  # torch finds no extremes of some unsigned types
+        low, high = int(held.min()), int(held.max())
         if low < 0 or high >= entries:
             raise DataError(
                 f"Input {known.names[position]!r} has values from {low} to {high}, and the "

@@ -314,7 +314,9 @@ def variations(tensors: Sequence[Tensor], rows: int, seed: int = 0) -> list[Tens
             fresh = fresh + 0.5 * source.std().nan_to_num() * noise
             whole = (source == source.round()).all(0)
             fresh = torch.where(whole, fresh.round(), fresh)
-            fresh = fresh.clamp(source.amin(0), source.amax(0))
+            low = source.nan_to_num(torch.inf, torch.inf, -torch.inf).amin(0)
+            high = source.nan_to_num(-torch.inf, torch.inf, -torch.inf).amax(0)
+            fresh = torch.where(low <= high, fresh.clamp(low, high), fresh)
         elif source.ndim > 1:
             other = source[torch.randint(len(source), (rows,), generator=generator)]
             swap = torch.rand(fresh.shape, generator=generator) < 0.3

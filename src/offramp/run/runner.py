@@ -526,11 +526,15 @@ class Runner:
 
 
 def _seconds(milliseconds: float) -> float:
-    if not isinstance(milliseconds, int | float) or math.isnan(milliseconds):
+    try:
+        number = float(milliseconds)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
         raise DataError(
             f"deadline_ms is a number of milliseconds, as in 5.0; got {milliseconds!r}."
         )
-    return milliseconds / 1e3
+    return number / 1e3
 
 
 def _look(said: Answer, given: Sequence[Any], first: int = 0) -> None:

@@ -81,7 +81,7 @@ class Criterion(nn.Module):
         Raises:
             PolicyError: they are for another number of exits.
         """
-        if self.exits not in (None, num_exits):
+        if isinstance(self.exits, int) and self.exits != num_exits:
             raise PolicyError(
                 f"The criterion {self.name!r} has parameters for a network of {self.exits} exits, "
                 f"and this one has {num_exits}: fit it on a trace of this network."
