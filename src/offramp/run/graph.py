@@ -29,7 +29,7 @@ from offramp.run.stages import Stage, StagedModel, oriented
 __all__ = ["cut"]
 
 _aten = torch.ops.aten
-_CONVERTING = {_aten._to_copy, _aten.to}
+_CONVERTING, _WIDE = {_aten._to_copy, _aten.to}, {torch.int32, torch.int64}
 # What moves values about and leaves none of them out.
 _SAME_VALUES = {
     _aten.clone,
@@ -307,21 +307,18 @@ class Cutter:
         return oriented(staged)
 
     def _entries(self) -> dict[int, int]:
-        """For inputs that embeddings read, by position, how many entries the smallest has."""
+        """For whole inputs that embeddings read, by position, how many entries the smallest has."""
         found: dict[int, int] = {}
         for position, given in enumerate(self.inputs):
-            pending = [given]
+            pending = [] if given.meta["val"].is_floating_point() else [given]
             for node in pending:  # which grows
                 for user in node.users:
                     kind = getattr(user.target, "overloadpacket", None)
                     # A narrow type has room for some values only, and makes others of the rest.
-                    wide = kind in _CONVERTING and user.meta["val"].dtype in (
-                        torch.int32,
-                        torch.int64,
-                    )
+                    wide = kind in _CONVERTING and user.meta["val"].dtype in _WIDE
                     if wide or kind in _SAME_VALUES:
                         pending.append(user)
-                    elif kind is torch.ops.aten.embedding and user.args[1] is node:
+                    elif kind is _aten.embedding and user.args[1] is node:
                         entries = int(user.all_input_nodes[0].meta["val"].shape[0])
                         found[position] = min(entries, found.get(position, entries))
         return found
