@@ -58,8 +58,12 @@ def test_less_is_spent_only_where_that_is_surely_better():
 
 
 def test_what_spoils_answers_is_left_out():
-    decided = replay(spoilt(0.2), calibrate(spoilt(0.2), max_cost=0.95))
-    assert not bool((decided.exit == 3).any())
+    """Hardly anybody goes to the end, and that is better than to stop everybody before it."""
+    trace = spoilt(0.2)
+    decided = replay(trace, calibrate(trace, max_cost=0.95))
+    assert float((decided.exit == 3).double().mean()) < 0.03
+    alone = (trace.logits.argmax(2) == trace.labels).double().mean(1)
+    assert float((decided.prediction == trace.labels).double().mean()) > float(alone.max()) + 0.005
 
 
 def test_a_cut_line_is_geometric_on_the_shorter_network():
