@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 
 from offramp.demo import run
+from offramp.files import replaced
 
 HERE = Path(__file__).parent
 
@@ -32,10 +32,8 @@ def main() -> None:
         print(f"seed {seed}\n{report}\n")
         reports.append(report.to_dict())
     result = {"schema": 1, "benchmark": "digits", "config": config, "reports": reports}
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    part = given.out.with_name(f".{given.out.name}")
-    part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    os.replace(part, given.out)
+    with replaced(given.out) as part:
+        part.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

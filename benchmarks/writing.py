@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -12,15 +11,15 @@ from typing import Any
 
 import torch
 
+from offramp.files import replaced
+
 __all__ = ["processor", "trained_on", "versions", "write_result"]
 
 
 def write_result(path: Path, content: dict[str, Any]) -> None:
     """Write JSON, all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
-    os.replace(part, path)
+    with replaced(path) as part:
+        part.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
 
 
 # By the names that the system has for them, the widest first.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from benchmarks.traces import normalise
 from benchmarks.writing import trained_on, versions
 from offramp.build.model import MultiExitModel
 from offramp.decide import Trace
+from offramp.files import replaced
 from offramp.train.checkpoint import read_checkpoint
 from offramp.train.optimizers import adamw
 from offramp.train.precision import AUTO
@@ -165,9 +165,8 @@ def _train(run: Run, keep: Keep) -> None:
         if f"{part}_x" in data:
             source = f"{part}, {task.data}"
             _record(model, data, part, source).save(folder / f"{part}.safetensors")
-    part_file = folder / ".model.part"
-    save_file(model.state_dict(), part_file)
-    os.replace(part_file, folder / "model.safetensors")
+    with replaced(folder / "model.safetensors") as part_file:
+        save_file(model.state_dict(), part_file)
     steps = task.epochs * len(loader)
     about = {
         "processor": trained_on(),
@@ -185,9 +184,8 @@ def _train(run: Run, keep: Keep) -> None:
         "gradient_norms": read_norms(folder / "gradients.jsonl", steps),
         "plan": str(history.plan),
     }
-    part_file = folder / ".run.part"
-    part_file.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
-    os.replace(part_file, folder / "run.json")
+    with replaced(folder / "run.json") as part_file:
+        part_file.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 

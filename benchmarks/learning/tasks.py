@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.traces import augment, cifar, fashion, normalise
+from offramp.files import replaced
 from offramp.zoo import cifar_resnet
 
 __all__ = [
@@ -117,10 +117,8 @@ def images_of(task: Task, data: Path, kept: Path) -> Data:
     """
     path = kept / f"{task.images.__name__}.safetensors"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        save_file(task.images(data), part)
-        os.replace(part, path)
+        with replaced(path) as part:
+            save_file(task.images(data), part)
     found = load_file(path)
     return found | {name: found[name][: task.train_images] for name in ("train_x", "train_y")}
 
