@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.learning.runs import Keep
 from benchmarks.systems.branchynet import PAPER, SURER, Conditions, measure_branchynet, retimed
+from benchmarks.systems.heirs import HEIRS, HeirConditions, measure_heir, train_heir
 from benchmarks.systems.inception import InceptionConditions, measure_inception
 from benchmarks.systems.recipes import measure_recipes
 from benchmarks.systems.text import TextConditions, kept, measure_text
@@ -47,6 +48,10 @@ EPOCHS = {
     "b-resnet110-distilled": 24,
     "inception-v1": 15,
     "text": 3,
+    "sdn-vgg16": 8,
+    "sdn-resnet56": 8,
+    "sdn-mobilenet": 8,
+    "msdnet": 8,
 }
 SYSTEMS = (*EPOCHS, "recipes")
 DROP = {name: 0.015 for name in EPOCHS if name.startswith("b-resnet110")}
@@ -128,6 +133,19 @@ def _inception(given: argparse.Namespace) -> Row:
     )
 
 
+def _heir(name: str, given: argparse.Namespace) -> Row:
+    wanted = HeirConditions(
+        given.data,
+        _runs(given),
+        epochs=_epochs(name, given),
+        seconds=_seconds(given, 5.0),
+        images=640 if given.quick else None,
+    )
+    if given.train:
+        return train_heir(name, wanted).how
+    return measure_heir(name, wanted)
+
+
 def _runs(given: argparse.Namespace) -> Path:
     return Path(given.runs / "quick" if given.quick else given.runs)
 
@@ -144,7 +162,12 @@ def _recipes(given: argparse.Namespace) -> Row:
     return measure_recipes(Keep(given.data, given.learnt))
 
 
-MEASURES = {"text": _text, "inception-v1": _inception, "recipes": _recipes}
+MEASURES = {
+    "text": _text,
+    "inception-v1": _inception,
+    "recipes": _recipes,
+    **{name: partial(_heir, name) for name in HEIRS},
+}
 
 
 def _before(given: argparse.Namespace) -> dict[str, Row]:

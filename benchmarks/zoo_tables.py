@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from benchmarks.markdown import table
@@ -27,6 +28,18 @@ WAYS = {
     "calibrated, ensemble": "`calibrate`, the exits' ensemble",
     "calibrated, ensemble, margin": "likewise, with a margin",
     "first exit": "as many at the first exit as in the paper",
+}
+HEIR_WAYS = {"joint": "all at once", "heads": "on the trained network"}
+HEIR_THRESHOLDS = {
+    "paper": "the paper's, no loss against its own last exit",
+    "calibrated": "`calibrate`, confidence, no loss against plain",
+    "calibrated, ensemble": "likewise, the exits' ensemble",
+    "calibrated, ensemble, margin": "likewise, with a margin",
+}
+METHODS = {
+    "shared": "the paper's: one for all exits",
+    "geometric": "the paper's: geometric shares",
+    "search": "`calibrate`'s search",
 }
 BARS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "blenet_speedup_b1": ("≥ 2.5", lambda v: v >= 2.5),
@@ -341,6 +354,88 @@ def _tolerated(found: Row) -> str:
     return "\n".join([told, "", table(head, rows)])
 
 
+def _heirs(result: Result, prefix: str) -> str:
+    """Networks whose recipes are trained beside the network alone: exits, thresholds, budgets."""
+    systems = {
+        name: row
+        for name, row in result["systems"].items()
+        if "method" in row and name.startswith(prefix)
+    }
+    if not systems:
+        return NOT_YET
+    exits, chosen, spent = [], [], []
+    for name, row in systems.items():
+        for way, found in row["ways"].items():
+            title = f"{name}, {HEIR_WAYS[way]}"
+            exits.append([title, *_exits(row, found), *_thinking(found)])
+            chosen += [
+                [title, HEIR_THRESHOLDS[policy["way"]], _percent(row["plain"]), *_cells(policy)]
+                for policy in found["policies"]
+            ]
+            spent += _spent(title, row["method"], found["at"])
+    told = " ".join(_heir_conditions(name, row) for name, row in systems.items())
+    return "\n\n".join(
+        [
+            table(
+                [
+                    "network, how its exits learn", "exits, %", "last, %", "less plain, points",
+                    "an exit was right and the last is wrong, %", "some exit is right, %",
+                    "wrong answers told by confusion; by confidence",
+                ],
+                exits,
+            ),
+            table(
+                [
+                    "network", "thresholds", "plain, %", "with exits, %", "left at each exit, %",
+                    "MACs ratio", "faster, batch 1", "faster, batch 64",
+                ],
+                chosen,
+            ),
+            table(
+                [
+                    "network", "thresholds for a budget",
+                    *(f"at {100 * cost:.0f} % of the cost, %" for cost in COSTS),
+                ],
+                spent,
+            ),
+            told,
+        ]
+    )  # fmt: skip
+
+
+def _exits(row: Row, found: Row) -> list[str]:
+    early = " / ".join(f"{100 * exit['accuracy']:.1f}" for exit in found["exits"][:-1])
+    return [early, _percent(found["exits"][-1]), _points(found["last_less_plain"])]
+
+
+def _thinking(found: Row) -> list[str]:
+    known, told = found["overthinking"], found["confusion"]
+    return [
+        f"{100 * known['destructive']:.1f}",
+        f"{100 * known['oracle_accuracy']:.1f}",
+        f"{told['confusion']:.3f}; {told['unsure']:.3f}",
+    ]
+
+
+def _spent(title: str, method: str, at: Row) -> list[list[str]]:
+    rows = []
+    for name in (method, "search"):
+        cells = [at[str(cost)][name] for cost in COSTS]
+        told = [
+            "no such thresholds" if c is None else f"{_percent(c)} ({c['cost']:.2f})" for c in cells
+        ]
+        rows.append([title, METHODS[name], *told])
+    return rows
+
+
+def _heir_conditions(name: str, row: Row) -> str:
+    return (
+        f"{name}: {row['data']}, {row['training_images']} images to train on, {row['epochs']} "
+        f"epochs for the network alone and for all exits at once ({_where(row['trained'])}), seed "
+        f"{row['seed']}; {row['samples']} images to be judged on."
+    )
+
+
 def _conditions(result: Result) -> str:
     about = result["conditions"]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
@@ -372,5 +467,7 @@ ZOO_TABLES: dict[str, Callable[[Result], str]] = {
     "zoo.truncated": _truncated,
     "zoo.text_speed": _text_speed,
     "zoo.recipes": _recipes,
+    "zoo.shallow_deep": partial(_heirs, prefix="sdn"),
+    "zoo.msdnet": partial(_heirs, prefix="msdnet"),
     "zoo.conditions": _conditions,
 }

@@ -43,6 +43,7 @@ from offramp.zoo.systems import system
 __all__ = [
     "PAPER",
     "SURER",
+    "WAYS",
     "Conditions",
     "fewer",
     "judged",
@@ -237,41 +238,46 @@ Rule = str | Criterion
 Choose = Callable[[Trace, Trace], Policy | None]
 
 
+def _screened(drop: float, trace: Trace, plain: Trace) -> Policy | None:
+    """The cheapest combination of the paper's grid that is as accurate as the plain network."""
+    wanted = _accuracy(plain) - drop - 1e-12
+    good = [row for row in screen_all(trace) if row.accuracy >= wanted]
+    best = min(good, key=lambda row: row.cost, default=None)
+    return None if best is None else Policy("entropy", nats=best.nats)
+
+
+def _calibrated(
+    drop: float, trace: Trace, plain: Trace, rule: Rule = "confidence"
+) -> Policy | None:
+    try:
+        return offramp.calibrate(trace, rule, min_accuracy=_accuracy(plain) - drop)
+    except Infeasible:
+        return None
+
+
+def _ensemble(drop: float, trace: Trace, plain: Trace, *, surer: bool = False) -> Policy | None:
+    rule, rest = fit_apart(trace, fit_ensemble)
+    _, same = fit_apart(plain, lambda _: rule)
+    first = _calibrated(drop, rest, same, rule)
+    if first is None or not surer:
+        return first
+    # Thresholds that just do on these samples lose on new ones in half of the cases.
+    answered = replay(rest, first).prediction == rest.labels
+    return _calibrated(drop - paired_error(answered, right_of(same)), rest, same, rule)
+
+
+# How the library chooses thresholds: from what accuracy may be lost, what the exits say of
+# calibration samples, and what the plain network says of the same.
+WAYS: dict[str, Callable[[float, Trace, Trace], Policy | None]] = {
+    "calibrated": _calibrated,
+    "calibrated, ensemble": _ensemble,
+    SURER: partial(_ensemble, surer=True),
+}
+
+
 def _ways(name: str, drop: float) -> dict[str, Choose]:
     """How thresholds are chosen, beside what the plain network says of the same samples."""
-
-    def screened(trace: Trace, plain: Trace) -> Policy | None:
-        """The cheapest combination of the paper's grid that is as accurate as the plain network."""
-        wanted = _accuracy(plain) - drop - 1e-12
-        good = [row for row in screen_all(trace) if row.accuracy >= wanted]
-        best = min(good, key=lambda row: row.cost, default=None)
-        return None if best is None else Policy("entropy", nats=best.nats)
-
-    def calibrated(
-        trace: Trace, plain: Trace, rule: Rule = "confidence", margin: float = 0.0
-    ) -> Policy | None:
-        wanted = _accuracy(plain) - drop + margin
-        try:
-            return offramp.calibrate(trace, rule, min_accuracy=wanted)
-        except Infeasible:
-            return None
-
-    def ensemble(trace: Trace, plain: Trace, *, surer: bool = False) -> Policy | None:
-        rule, rest = fit_apart(trace, fit_ensemble)
-        _, same = fit_apart(plain, lambda _: rule)
-        first = calibrated(rest, same, rule)
-        if first is None or not surer:
-            return first
-        # Thresholds that just do on these samples lose on new ones in half of the cases.
-        answered = replay(rest, first).prediction == rest.labels
-        return calibrated(rest, same, rule, paired_error(answered, right_of(same)))
-
-    ways: dict[str, Choose] = {
-        "screened": screened,
-        "calibrated": calibrated,
-        "calibrated, ensemble": ensemble,
-        SURER: partial(ensemble, surer=True),
-    }
+    ways = {way: partial(choose, drop) for way, choose in ({"screened": _screened} | WAYS).items()}
     return ways | {"first exit": _leaving_first} if name == "b-lenet" else ways
 
 

@@ -364,6 +364,19 @@ def test_what_cannot_be_put_in_place_leaves_the_old_one(
     assert [entry.name for entry in tmp_path.iterdir()] == ["made"]
 
 
+def test_what_it_was_trained_on_is_known_from_the_file(tmp_path: Path) -> None:
+    one, x = case("mlp"), example_of("mlp", 12, seed=3)
+    batches = [((part,), torch.zeros(4, dtype=torch.int64)) for part in x.split(4)]
+    model = attach(one.model.backbone, one.example, exits=1)
+    sources = {}
+    for name, seen in (("none", 0), ("some", 8)):
+        model.training_fingerprints = record(model, batches).inputs[:seen].sort().values
+        path = export(model, Policy("confidence", [0.5]), one.example, tmp_path / name)
+        assert (path / artifact.TRAINING).is_file() == bool(seen)
+        sources[name] = record(load(path), batches, source="new").source
+    assert sources == {"none": "new", "some": "training"}
+
+
 def test_what_is_not_an_artifact_is_not_replaced(tmp_path: Path) -> None:
     one, policy, app = case("mlp"), Policy.final(), tmp_path / "app"
     app.mkdir()

@@ -7,25 +7,29 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from copy import deepcopy as copy_of
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from offramp.decide.policy import Policy
 from offramp.errors import ArtifactError, OfframpError
 from offramp.run import artifact
-from offramp.run.artifact import MANIFEST, MODEL, POLICY, export, load, verify
+from offramp.run.artifact import MANIFEST, MODEL, POLICY, TRAINING, export, load, verify
 from tests.run.conftest import case
 
-PARTS = (MODEL, POLICY, MANIFEST, "stages/0.onnx", "stages/1.onnx", "stages/2.onnx")
+PARTS = (MODEL, POLICY, MANIFEST, TRAINING, "stages/0.onnx", "stages/1.onnx", "stages/2.onnx")
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = case("mlp")
+    model = copy_of(one.model)
+    model.training_fingerprints = torch.arange(9)
     path = tmp_path_factory.mktemp("artifact") / "mlp.offramp"
-    return export(one.model, Policy("patience", [0.0, 1.0]), one.example, path, stages=True)
+    return export(model, Policy("patience", [0.0, 1.0]), one.example, path, stages=True)
 
 
 @pytest.fixture

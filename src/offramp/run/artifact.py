@@ -3,10 +3,12 @@
 ::
 
     digits.offramp/
-      model.onnx      all stages and the rule; plain onnxruntime runs it
-      stages/0.onnx   (optional) each stage by itself, with the criterion at its end
-      policy.json     the criterion, the thresholds, and where they come from
-      manifest.json   inputs, outputs, costs, sha256 of the other parts, the proof, and its own seal
+      model.onnx            all stages and the rule; plain onnxruntime runs it
+      stages/0.onnx         (optional) each stage by itself, with the criterion at its end
+      policy.json           the criterion, the thresholds, and where they come from
+      training.safetensors  hashes of the samples that training saw, where the model knows them
+      manifest.json         inputs, outputs, costs, sha256 of the other parts, the proof, and its
+                            own seal
 
 The folder appears at once and whole, or not at all: it is written beside its place and renamed
 after the file has been compared with the model.
@@ -28,6 +30,8 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 import torch
+from safetensors.torch import load as read
+from safetensors.torch import save
 from torch.utils import _pytree as pytree
 
 from offramp.build.cost import ExitCosts
@@ -50,6 +54,7 @@ __all__ = ["export", "load", "verify"]
 
 SCHEMA = 1
 MODEL, POLICY, MANIFEST = "model.onnx", "policy.json", "manifest.json"
+TRAINING = "training.safetensors"
 STAGE = "stages/{}.onnx"
 ENGINES = ("onnxruntime", "openvino")
 KIND = "offramp artifact"
@@ -116,11 +121,15 @@ def export(
         singles = split(file, steps)
         parts |= {STAGE.format(k): one.SerializeToString() for k, one in enumerate(singles)}
     parts[POLICY] = json.dumps(policy.to_json(), indent=1).encode()
+    trained_on = model.training_fingerprints
+    if len(trained_on):
+        parts[TRAINING] = save({"fingerprints": trained_on})
     manifest = {
         **facts,
         "classes": classes,
         "preprocessing": preprocessing,
         "stages": stages,
+        "training_samples": len(trained_on),
         "proof": proof,
     }
     _write(target, parts, manifest)
@@ -209,7 +218,7 @@ def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime")
         else:
             calls = calls_of(executes)
         costs = manifest["costs"]
-        return Runner.of_links(
+        runner = Runner.of_links(
             executes,
             links,
             calls,
@@ -224,6 +233,9 @@ def load(path: str | os.PathLike[str], engine: str | OnnxEngine = "onnxruntime")
             call,
             manifest["row_bytes"],
         )
+        if TRAINING in parts:
+            runner.training_fingerprints = read(parts[TRAINING])["fingerprints"]
+        return runner
     except OfframpError as error:
         if not isinstance(error, StageError):
             raise
@@ -357,7 +369,8 @@ def _link_from_json(data: Mapping[str, Any], threshold: float) -> Link:
 def _names(manifest: Mapping[str, Any]) -> list[str]:
     """Every part of an artifact but the manifest."""
     stages = range(len(manifest["steps"])) if manifest["stages"] else ()
-    return [MODEL, POLICY, *(STAGE.format(k) for k in stages)]
+    training = [TRAINING] if manifest.get("training_samples") else []
+    return [MODEL, POLICY, *training, *(STAGE.format(k) for k in stages)]
 
 
 def _stages(

@@ -70,7 +70,7 @@ class Runner:
 
     Attributes:
         training_fingerprints: hashes of the samples that the model was trained on, by which
-            ``record`` knows them; ``None`` where the runner was loaded from a file.
+            ``record`` knows them; ``None`` where a file does not have them.
 
     Raises:
         StageError: the model cannot be cut.
