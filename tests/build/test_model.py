@@ -674,6 +674,28 @@ def test_a_measure_is_a_name():
         attach(make("mlp"), example_of("mlp"), cost=None)
 
 
+def test_buffers_that_count_are_left_as_they_were():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.register_buffer("passes", torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(8))
+
+        def forward(self, x):
+            x = self.first(x)
+            self.passes += 1
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            return self.last(x)
+
+    backbone = Counting().eval()
+    held = (backbone.passes, backbone.mean)
+    attach(backbone, torch.randn(4, 4), exits=["first"])
+    assert (backbone.passes, backbone.mean) == held  # the very same tensors
+    assert float(backbone.passes) == 0
+    assert not backbone.mean.any()
+
+
 def test_heads_are_made_outside_of_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         model = attach(make("cnn"), example_of("cnn"), cascade=True)

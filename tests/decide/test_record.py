@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 
@@ -7,11 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from offramp.analyse import evaluate
 from offramp.build.batch import fingerprints, unpack
+from offramp.build.digest import digest
 from offramp.build.model import attach
-from offramp.decide import Policy, Trace
+from offramp.decide import Policy, Trace, calibrate
 from offramp.decide.record import record
 from offramp.errors import DataError, TraceError
+from offramp.run.artifact import export
 from offramp.run.runner import Runner
 from tests.networks import example_of, make
 
@@ -90,6 +94,41 @@ def test_training_samples_are_recognised(model):
         assert record(runner, batches(), source="mine", progress=False).source == "training"
     finally:
         model.training_fingerprints = torch.empty(0, dtype=torch.int64)
+
+
+def test_thresholds_of_another_network_are_noticed(model, tmp_path):
+    x = torch.cat([x for x, _ in batches()])
+    trace = record(model, batches(), path=tmp_path / "t.safetensors", progress=False)
+    assert Trace.load(tmp_path / "t.safetensors").network == trace.network
+    policy = calibrate(trace.keep_exits([1]), max_cost=0.9)
+    assert Policy.from_json(policy.to_json()).provenance["data"]["network"] == trace.network
+    policy = calibrate(trace, max_cost=0.9)
+    Runner(model, policy, x)  # no warning
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        trained.heads[0].classifier.bias += 1e-3
+    with pytest.warns(UserWarning, match="another network"):
+        Runner(trained, policy, x)
+    with pytest.warns(UserWarning, match="another network"):
+        export(trained, policy, x, tmp_path / "made")
+    fresh = [(x + 1, y) for x, y in batches()]
+    with pytest.warns(UserWarning, match="another network"):
+        report = evaluate(record(trained, fresh, progress=False), policy)
+    assert "another network" in report.notes[0]
+    assert not evaluate(record(model, fresh, progress=False), policy).notes
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "last", "copied"])
+def test_a_network_is_known_in_any_form(kind):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 700, 3), nn.Flatten(), nn.Linear(700, 2))
+    other = copy.deepcopy(network)
+    if kind == "wrapped":
+        other = nn.ModuleDict({"module": other})
+    elif kind == "last":
+        other = other.to(memory_format=torch.channels_last)
+    assert digest(other) == digest(network)
+    assert digest(other.to(torch.float16)) != digest(network)
 
 
 class Interrupted(Exception):

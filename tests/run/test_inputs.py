@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 
 from offramp.build.model import attach
 from offramp.decide.policy import Policy
-from offramp.errors import DataError, OfframpError
+from offramp.errors import DataError, OfframpError, StageError
 from offramp.run.artifact import export, load
 from offramp.run.runner import Runner
 from offramp.run.times import MEMORY, StageTimes, rows_in_memory
@@ -355,3 +357,41 @@ def test_memory_that_files_fill_is_free(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert rows_in_memory(1024, torch.device("cpu")) == 2000
     told.write_text("MemFree:  100 kB\n", "ascii")  # as before Linux 3.14
     assert rows_in_memory(1024, torch.device("cpu")) > 2000
+
+
+def test_labels_in_an_example_are_no_input(tmp_path: Path) -> None:
+    class Keyed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.net(x)
+            return logits
+
+    x = torch.randn(6, 6)
+    batch = {"x": x, "labels": torch.zeros(6, dtype=torch.int64)}
+    model = attach(Keyed().eval(), batch, exits=["net.0"])
+    policy = Policy("confidence", [0.5])
+    made = Runner(model, policy, batch)
+    loaded = load(export(model, policy, batch, tmp_path / "made"))
+    assert made.call.names == loaded.call.names == ("x",)
+    for runner in (made, loaded):
+        assert torch.equal(runner(**batch).prediction, made(x=x).prediction)
+
+
+def test_a_runner_made_under_autocast_is_that_of_the_model(tmp_path: Path) -> None:
+    one, x = case("mlp"), example_of("mlp", 9, seed=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        made = Runner(one.model, Policy.final(), one.example)
+        loaded = load(export(one.model, Policy.final(), one.example, tmp_path / "made"))
+    expected = one.model.backbone(x)
+    assert torch.equal(made(x).logits, expected)
+    assert torch.allclose(torch.as_tensor(loaded(x).logits), expected, atol=1e-5)
+
+
+def test_a_runner_is_neither_pickled_nor_copied() -> None:
+    made = runner_of("mlp", "torch")
+    for act in (pickle.dumps, copy.deepcopy, copy.copy):
+        with pytest.raises(StageError, match="neither pickled nor copied"):
+            act(made)

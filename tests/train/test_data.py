@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,8 @@ from offramp.train.data import (
     distinct,
     preserved_randomness,
 )
-from tests.train.tiny import data_of, loader_of
+from offramp.train.loop import fit
+from tests.train.tiny import Breaking, data_of, digests, loader_of, model_of
 
 
 def order(loader: EpochLoader) -> list[int]:
@@ -175,3 +178,54 @@ def test_sharing_is_counted_over_batches_and_once_per_sample() -> None:
 def test_distinct_sorts_and_merges() -> None:
     a, b = torch.tensor([3, -1, 3]), torch.tensor([7, -1])
     assert distinct(a, b).tolist() == [-1, 3, 7]
+
+
+class Claims:
+    """A loader whose length is not the number of its batches."""
+
+    def __init__(self, length: int, batches: int = 5, seed: int = 0) -> None:
+        self.length, self.batches, self.seed = length, batches, seed
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Any:
+        return islice(loader_of(80, seed=self.seed, shuffle=False), self.batches)
+
+
+def trained(loader: Any, **settings: Any) -> tuple[Any, Any]:
+    model = model_of()
+    options = {"progress": False, "accelerator": "cpu", "epochs": 2} | settings
+    return model, fit(model, loader, **options)
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"scheme": "alternating"}])
+def test_fewer_batches_than_the_length_are_refused(settings: dict[str, Any]) -> None:
+    """Else the last step and the validation would never come."""
+    text = "training loader promised 6 batches by its length, but only 5 came in epoch 1. Give it"
+    with pytest.raises(DataError, match=text):
+        trained(Claims(6), validation=loader_of(16, seed=1), **settings)
+
+
+def test_other_lengths_do_no_harm() -> None:
+    """That of a training loader is then the size of an epoch; validation sees what there is."""
+    model, history = trained(Claims(3), validation=Claims(9, batches=2, seed=1))
+    _, expected = trained(Claims(3, batches=3), validation=loader_of(16, seed=1))
+    assert len(model.training_fingerprints) == 24
+    assert [row.train_loss for row in history] == [row.train_loss for row in expected]
+    for row, wanted in zip(history, expected, strict=True):
+        assert row.val_loss == pytest.approx(wanted.val_loss)
+
+
+def test_the_length_is_of_a_whole_epoch_also_where_training_goes_on(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"checkpoint": tmp_path, "checkpoint_every": 1}
+    with pytest.raises(RuntimeError, match="stop"):
+        trained(Breaking(Claims(5), 7, RuntimeError("stop")), **settings)
+    model, _ = trained(Claims(5), **settings)
+    assert digests(model) == digests(trained(Claims(5))[0])
+    with pytest.raises(RuntimeError, match="stop"):
+        trained(Breaking(Claims(6, 6), 8, RuntimeError("stop")), resume=False, **settings)
+    with pytest.raises(
+        DataError, match="promised 6 batches by its length, but only 5 came in epoch 2"
+    ):
+        trained(Claims(6), **settings)

@@ -19,14 +19,8 @@ from offramp.errors import DataError, TrainingError
 from offramp.train.exit_logger import ExitLogger
 from offramp.train.exit_module import ExitModule
 from offramp.train.loop import fit
-from offramp.train.objectives import (
-    Boosting,
-    CrossEntropy,
-    Distill,
-    Matched,
-    Objective,
-    cross_entropy,
-)
+from offramp.train.losses import cross_entropy
+from offramp.train.objectives import Boosting, CrossEntropy, Distill, Matched, Objective
 from offramp.train.phases import Phase
 from offramp.train.schemes import Alternating, Joint, Layerwise, Mixed, as_plan
 from offramp.train.weights import exit_weights
@@ -347,6 +341,8 @@ def test_wrong_settings() -> None:
         ExitModule(nn.Linear(6, 3))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="lr is for the default optimizer"):
         ExitModule(model_of(), optimizer=sgd, lr=0.1)
+    with pytest.raises(DataError, match="optimizer is SGD. Expected a function from the list"):
+        ExitModule(model_of(), optimizer=sgd(list(model_of().parameters())))  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"'p' names stages \[9\]"):
         ExitModule(model_of(), Phase("p", (9,), (), (0,)))
     with pytest.raises(DataError, match=r"is not known: it has no end.* Pass max_steps= to it"):
@@ -388,3 +384,9 @@ def test_the_logger_wants_an_exit_module() -> None:
 
     with pytest.raises(DataError, match="the Trainer got a Other"):
         trainer_of(callbacks=[ExitLogger()]).fit(Other(), batches_of())
+
+
+@pytest.mark.filterwarnings("ignore:Total length of .* is zero")
+def test_no_batch() -> None:
+    with pytest.raises(DataError, match=r"training loader yields no batch: .*drop_last=True\?"):
+        trainer_of().fit(ExitModule(model_of()), loader_of(4, 8, drop_last=True))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.build.batch import unpack
-from offramp.build.model import attach
+from offramp.build.model import MultiExitModel, attach
 from offramp.errors import DataError
 from offramp.train.exit_module import ExitModule, Standing
 from offramp.train.freezing import trained_parts
@@ -206,3 +206,77 @@ def test_equilibrium_counts_the_exits_of_the_turn() -> None:
         plain = weight.grad.clone()
         module.on_before_optimizer_step(torch.optim.SGD([weight]))
         torch.testing.assert_close(weight.grad, plain / served)
+
+
+def on_in(model: MultiExitModel, phase: Phase) -> set[str]:
+    """Names in the backbone of what runs in training mode."""
+    trained_parts(model, phase).set_modes()
+    return {name for name, module in model.backbone.named_modules() if module.training}
+
+
+def flat(dropout: float = 0.5) -> MultiExitModel:
+    torch.manual_seed(0)
+    blocks = [[nn.Linear(a, 8), nn.ReLU(), nn.Dropout(dropout)] for a in (6, 8)]
+    backbone = nn.Sequential(*blocks[0], *blocks[1], nn.Linear(8, 3))
+    return attach(backbone, torch.randn(4, 6), exits=["2", "5"])
+
+
+def test_dropout_of_a_flat_network_is_active_in_its_stage() -> None:
+    model = flat()
+    layers = [{"0", "1", "2"}, {"3", "4", "5"}, {"6"}]
+    assert [on_in(model, phase) for phase in Layerwise().plan(3, 3)] == layers
+    assert on_in(model, Heads().plan(3, 1)[0]) == set()
+    assert on_in(model, Joint().plan(3, 1)[0]) == {"", *map(str, range(7))}
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad_(False)
+    assert on_in(model, Joint().plan(3, 1)[0]) == set()
+
+
+def test_layerwise_trains_a_flat_network_with_its_dropout() -> None:
+    ends = []
+    for dropout in (0.0, 0.9):
+        model = flat(dropout)
+        fit(model, loader_of(), scheme="layerwise", epochs=3, progress=False, accelerator="cpu")
+        ends.append(digests(model))
+    assert {name for name in ends[0] if ends[0][name] == ends[1][name]} == set()
+
+
+class Shared(nn.Module):
+    """One dropout and one activation for all blocks; a dropout that runs in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.spare, self.last = nn.Dropout(), nn.Dropout(), nn.Dropout()
+        act = nn.ReLU()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(a, 8), act, nn.Sequential(nn.Dropout())) for a in (6, 8, 8)
+        )
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k, block in enumerate(self.blocks):
+            x = block(x) if k == 2 else self.drop(block(x))
+        return self.fc(self.last(self.spare(x) if self.training else x))
+
+
+def test_dropout_of_several_stages_is_active_where_all_are_trained() -> None:
+    """It first runs after the first exit, and then after the second."""
+    model = attach(Shared(), torch.randn(4, 6), exits=["blocks.0", "blocks.1"])
+    block = [{f"blocks.{k}", f"blocks.{k}.0", f"blocks.{k}.2", f"blocks.{k}.2.0"} for k in range(3)]
+    plan = Layerwise().plan(3, 3)
+    assert [on_in(model, phase) for phase in plan] == [
+        block[0],
+        block[1],
+        block[2] | {"last", "fc"},
+    ]
+    late = Phase("late", (1, 2), (1,), (1, 2))
+    assert on_in(model, late) == {*block[1], *block[2], "drop", "last", "fc"}
+    everything = {name for name, _ in model.backbone.named_modules()}
+    assert on_in(model, Joint().plan(3, 1)[0]) == everything
+
+
+def test_dropout_after_the_exit_of_its_block_belongs_to_the_next_stage() -> None:
+    backbone = nn.Sequential(nn.Sequential(nn.Linear(6, 8), nn.Dropout()), nn.Linear(8, 3))
+    model = attach(backbone, torch.randn(4, 6), exits=["0.0"])
+    plan = Layerwise().plan(2, 2)
+    assert [on_in(model, phase) for phase in plan] == [{"0", "0.0"}, {"0.1", "1"}]

@@ -16,7 +16,8 @@ import offramp
 from offramp.build.model import MultiExitModel
 from offramp.errors import DataError
 from offramp.train.huggingface import HuggingFaceModule, exit_accuracies
-from offramp.train.objectives import Distill, ExitLoss, cross_entropy
+from offramp.train.losses import cross_entropy
+from offramp.train.objectives import Boosting, CrossEntropy, Distill, ExitLoss, Matched
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -214,3 +215,38 @@ def test_a_batch_without_labels_has_no_loss(model: MultiExitModel) -> None:
 def test_a_backbone_alone_is_not_enough() -> None:
     with pytest.raises(DataError, match="HuggingFaceModule takes a MultiExitModel, but got a Lin"):
         HuggingFaceModule(nn.Linear(2, 3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("objective", [Distill(), Boosting(), Matched(), CrossEntropy()], ids=repr)
+def test_an_objective_is_not_yet_a_loss(model: MultiExitModel, objective: Any) -> None:
+    name = type(objective).__name__
+    with pytest.raises(DataError, match=rf"got the objective {name}, .*ExitLoss\({name}\("):
+        HuggingFaceModule(model, objective)
+
+
+@pytest.mark.parametrize("objective", [Boosting(), Matched(Boosting()), Distill()], ids=repr)
+def test_accuracies_are_of_what_is_answered(
+    model: MultiExitModel, tmp_path: Path, objective: Any
+) -> None:
+    data = Texts(10, seed=1)
+    labels = data.ids[:, 0] - 1
+    torch.manual_seed(0)
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)
+        outputs = model(input_ids=data.ids, attention_mask=data.mask)
+    logits = outputs.stack()
+    answers = logits if isinstance(objective, Distill) else logits.cumsum(0)
+    assert not torch.equal(logits.argmax(-1), logits.cumsum(0).argmax(-1))
+    module = HuggingFaceModule(model, ExitLoss(objective))
+    found = trainer_of(module, tmp_path, per_device_eval_batch_size=10).evaluate()
+    hits = (answers.argmax(-1) == labels).double().mean(1).tolist()
+    assert [found[f"eval_exit_{k}_accuracy"] for k in range(EXITS)] == pytest.approx(hits)
+    assert found["eval_loss"] == pytest.approx(
+        float(ExitLoss(objective)(outputs, labels)), rel=1e-5
+    )
+    batch = {"input_ids": data.ids, "attention_mask": data.mask, "labels": labels}
+    made = module.train()(**batch)  # without dropout: the logits themselves, and the same loss
+    torch.testing.assert_close(made["logits"], logits.transpose(0, 1), rtol=1e-4, atol=1e-5)
+    assert made["loss"].item() == pytest.approx(found["eval_loss"], rel=1e-5)

@@ -20,7 +20,8 @@ from offramp.build.batch import fingerprints, unpack
 from offramp.build.model import attach
 from offramp.errors import DataError
 from offramp.train.loop import fit
-from offramp.train.objectives import CrossEntropy, cross_entropy, sample_losses
+from offramp.train.losses import cross_entropy, sample_losses
+from offramp.train.objectives import CrossEntropy
 from offramp.train.phases import Phase
 from offramp.train.schemes import SCHEMES, Alternating, Joint, Layerwise
 from tests.networks import example_of, make
@@ -556,6 +557,12 @@ def test_a_few_shared_samples_are_worth_a_warning() -> None:
         ({"optimizer": sgd, "lr": 0.1}, "lr is for the default optimizer"),
         ({"scheme": Joint(weights=[1.0])}, "1 weights were given for 4 exits"),
         ({"scheme": [Phase("p", (9,), (), (0,))]}, "'p' names stages"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'. Expected a function from the list of trained"),
+        (
+            {"optimizer": sgd([nn.Parameter(torch.ones(1))])},
+            "optimizer is SGD. Expected a function",
+        ),
+        ({"schedule": None}, "schedule=None: expected 'constant' or 'cosine', or a function"),
     ],
 )
 def test_wrong_settings(settings: dict[str, Any], text: str) -> None:
@@ -652,3 +659,26 @@ def test_turns_are_of_steps_also_where_several_batches_make_one() -> None:
     steps = [seen[0:2], seen[2:4], seen[4:5], seen[5:7], seen[7:9], seen[9:10]]
     assert all(len(set(step)) == 1 for step in steps)
     assert [len(step[0]) for step in steps] == [1, 4, 1, 4, 1, 4]
+
+
+@pytest.mark.parametrize("batch", [40, 20, 14])
+def test_turns_go_on_from_epoch_to_epoch_without_a_length(batch: int) -> None:
+    """Also where an epoch is a single step: else no head would ever be trained."""
+    calls: list[tuple[int, ...]] = []
+
+    def noted(outputs: Any, labels: Tensor, exits: Any = None) -> Tensor:
+        calls.append(tuple(exits))
+        return CrossEntropy()(outputs, labels, exits)
+
+    loader = DataLoader(Stream(), batch_size=batch)
+    quick(model_of(), loader, scheme=Alternating(noted), epochs=4)
+    steps = math.ceil(40 / batch)
+    assert [len(exits) for exits in calls[::steps]] == [1, 4, 1, 4]
+
+
+def test_weights_may_be_an_array() -> None:
+    model, plain = model_of(), model_of()
+    weights: Any = np.array([0.25, 0.5, 0.75, 1.0])
+    quick(model, batches_of(), scheme=Joint(weights=weights), epochs=1)
+    quick(plain, batches_of(), scheme=Joint(weights="linear"), epochs=1)
+    assert digests(model) == digests(plain)

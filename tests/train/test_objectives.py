@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +12,7 @@ from scipy.special import log_softmax, softmax
 from torch import Tensor
 
 from offramp.errors import DataError
-from offramp.train.objectives import (
-    Boosting,
-    CrossEntropy,
-    Distill,
-    Matched,
-    Objective,
+from offramp.train.losses import (
     boosted,
     cross_entropy,
     distillation,
@@ -24,6 +20,15 @@ from offramp.train.objectives import (
     exit_losses,
     leave_shares,
     sample_losses,
+)
+from offramp.train.objectives import (
+    Boosting,
+    CrossEntropy,
+    Distill,
+    ExitLoss,
+    ExitsSoFar,
+    Matched,
+    Objective,
 )
 
 
@@ -89,6 +94,9 @@ def test_an_exit_that_is_not_there_is_refused() -> None:
         Distill(teacher="ensemble"),
         Boosting(),
         Matched(),
+        Distill(Boosting()),
+        Distill(Boosting(), teacher="ensemble"),
+        Matched(Boosting()),
     ],
     ids=repr,
 )
@@ -172,12 +180,27 @@ def test_matched_gives_sure_samples_to_the_early_exit() -> None:
 def test_objectives_wrap_each_other() -> None:
     outputs, labels = case(3)
     got = Matched(Distill(Boosting(CrossEntropy(0.1))), floor=1.0)(outputs, labels)
-    inner = Boosting(CrossEntropy(0.1))(outputs, labels)
-    soft = distillation(outputs)
-    expected = torch.stack(
-        [0.5 * inner[0] + 0.5 * soft[0], 0.5 * inner[1] + 0.5 * soft[1], inner[2]]
-    )
-    torch.testing.assert_close(got, expected)
+    sums = np.cumsum([logits.detach().numpy() for logits in outputs], axis=0)
+    target = softmax(sums[2] / 3.0, axis=1)
+    for k in range(3):
+        rows = log_softmax(sums[k], axis=1)
+        hard = -0.9 * rows[range(5), labels] - 0.1 * rows.mean(1)
+        soft = 9.0 * (target * np.log(target / softmax(sums[k] / 3.0, axis=1))).sum(1)
+        expected = hard if k == 2 else 0.5 * hard + 0.5 * soft
+        np.testing.assert_allclose(got[k].detach(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_around_boosting_learns_by_the_sums() -> None:
+    outputs, labels = case(3)
+    Distill(Boosting(), weight=1.0, temperature=1.0)(outputs, labels, [1]).sum().backward()
+    first, own, last = (logits.detach().numpy() for logits in outputs)
+    # The slope of a divergence, by hand: what is answered minus what is taught.
+    expected = softmax(first + own, axis=1) - softmax(first + own + last, axis=1)
+    assert outputs[1].grad is not None
+    np.testing.assert_allclose(outputs[1].grad, expected, rtol=1e-9, atol=1e-12)
+    shares = torch.stack(list(Matched(Boosting(), floor=0.0)(outputs, labels)))
+    sums = [logits.detach() for logits in boosted(outputs)]
+    torch.testing.assert_close(shares.detach(), Matched(floor=0.0)(sums, labels))
 
 
 @pytest.mark.parametrize(
@@ -230,3 +253,107 @@ def test_labels_are_class_numbers() -> None:
     outputs = [torch.zeros(4, 3)] * 2
     with pytest.raises(DataError, match=r"Expected labels of shape \(4,\).*but got \(4, 3\)"):
         CrossEntropy()(outputs, torch.full((4, 3), 1 / 3))
+
+
+CONFIDENCES = [
+    [0.95, 0.6, 0.85],
+    [0.7, 0.99, 0.9],
+    [0.8, 0.8, 0.8],
+]  # of three exits, of two classes
+
+
+def shares_by_hand(sharpness: float) -> list[list[float]]:
+    """Who leaves where, in plain numbers."""
+    remaining, rows = [1.0] * 3, []
+    for row in CONFIDENCES[:2]:
+        mean = sum(row) / 3
+        gates = [1 / (1 + math.exp(-sharpness * (confidence - mean))) for confidence in row]
+        rows.append([left * gate for left, gate in zip(remaining, gates, strict=True)])
+        remaining = [left * (1 - gate) for left, gate in zip(remaining, gates, strict=True)]
+    return [*rows, remaining]
+
+
+def confident() -> list[Tensor]:
+    found = torch.tensor(CONFIDENCES, dtype=torch.float64)
+    return list(torch.stack([found, 1 - found], -1).log())
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 10.0, 40.0])
+def test_shares_equal_the_formula(sharpness: float) -> None:
+    expected = torch.tensor(shares_by_hand(sharpness), dtype=torch.float64)
+    torch.testing.assert_close(leave_shares(confident(), sharpness), expected)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 40.0])
+def test_matched_leaves_as_suddenly_as_it_is_told(sharpness: float) -> None:
+    outputs, labels = confident(), torch.tensor([0, 1, 0])
+    shares = np.array(shares_by_hand(sharpness))
+    plain = np.array([by_hand(logits, labels) for logits in outputs])
+    expected = plain * (0.2 + 0.8 * shares / shares.mean(1, keepdims=True))
+    got = Matched(floor=0.2, sharpness=sharpness)(outputs, labels)
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("exits", [None, [0]])
+@pytest.mark.parametrize("teacher", ["last", "ensemble"])
+def test_classes_may_be_masked(teacher: Any, exits: list[int] | None) -> None:
+    """Their logits are -inf: it is as if there were the other classes alone."""
+    fewer, labels = case(3, classes=3)
+    masked = [
+        torch.cat([z.detach(), torch.full((5, 1), -math.inf)], 1).requires_grad_() for z in fewer
+    ]
+    objective = Distill(teacher=teacher)
+    terms, expected = objective(masked, labels, exits), objective(fewer, labels, exits)
+    torch.testing.assert_close(terms, expected)
+    terms.sum().backward()
+    expected.sum().backward()
+    for k in exits or range(3):
+        slopes, wanted = masked[k].grad, fewer[k].grad
+        assert slopes is not None
+        torch.testing.assert_close(slopes, torch.cat([wanted, torch.zeros(5, 1)], 1))
+
+
+def test_the_backbone_alone_may_mask_classes() -> None:
+    outputs, labels = case(2)
+    outputs[1] = outputs[1].detach().index_fill(1, torch.tensor(3), -math.inf).requires_grad_()
+    terms = Distill()(outputs, labels % 3)
+    terms.sum().backward()
+    assert torch.isfinite(terms).all()
+    assert all(z.grad is not None and torch.isfinite(z.grad).all() for z in outputs)
+
+
+@pytest.mark.parametrize("kind", [torch.int32, torch.uint8, torch.int16, torch.int64])
+def test_labels_of_any_integers(kind: torch.dtype) -> None:
+    outputs, labels = case()
+    expected = ExitLoss()(outputs, labels)
+    assert torch.equal(ExitLoss()(outputs, labels.to(kind)), expected)
+    assert torch.equal(exit_losses(outputs, labels.to(kind)), exit_losses(outputs, labels))
+
+
+@pytest.mark.parametrize("loss", [ExitLoss(), ExitLoss(Distill()), exit_losses], ids=repr)
+def test_labels_that_are_floats(loss: Any) -> None:
+    outputs, labels = case()
+    with pytest.raises(DataError, match=r"Labels of type torch.float32 .* labels.long\(\)"):
+        loss(outputs, labels.float())
+
+
+@pytest.mark.parametrize("smoothing", [1.5, -0.1, math.nan])
+def test_wrong_label_smoothing(smoothing: float) -> None:
+    with pytest.raises(DataError, match=f"smoothing from 0 to 1, but got {smoothing}"):
+        CrossEntropy(smoothing)
+
+
+@pytest.mark.parametrize("make", [ExitLoss, Distill, Boosting, Matched, ExitsSoFar])
+def test_what_is_no_objective(make: Any) -> None:
+    name = make.__name__
+    with pytest.raises(DataError, match=f"{name} got 'distill' as its objective. Expected one"):
+        make("distill")
+    with pytest.raises(DataError, match=rf"{name} got the class Distill .* Make one: Distill\(\)"):
+        make(Distill)
+
+
+def test_weights_of_a_name_are_not_for_a_loss() -> None:
+    with pytest.raises(DataError, match=r"ExitLoss got weights='linear'.*exit_weights\(\"linear\""):
+        ExitLoss(weights="linear")
+    with pytest.raises(DataError, match="Expected one number per exit"):
+        ExitLoss(weights=lambda epoch: [1.0])  # type: ignore[arg-type]

@@ -12,15 +12,8 @@ from torch import Tensor, nn
 
 from offramp.errors import DataError
 from offramp.train.loop import fit
-from offramp.train.objectives import (
-    Boosting,
-    CrossEntropy,
-    Distill,
-    ExitLoss,
-    Matched,
-    Objective,
-    cross_entropy,
-)
+from offramp.train.losses import cross_entropy
+from offramp.train.objectives import Boosting, CrossEntropy, Distill, ExitLoss, Matched, Objective
 from offramp.train.schemes import Joint
 from offramp.train.weights import exit_weights
 from tests.train.tiny import data_of, loader_of, model_of, plain_model_of

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from offramp.build.model import MultiExitModel
-from offramp.train.objectives import Distill, cross_entropy
+from offramp.train.losses import cross_entropy
+from offramp.train.objectives import Distill
 from offramp.train.schemes import Alternating, Layerwise, Mixed, Scheme, as_plan
 from tests.train.tiny import data_of, plain_model_of
 

@@ -106,3 +106,11 @@ def test_refusals():
     )
     with pytest.raises(HeadError, match="found no PrototypeHead in the model"):
         fit_prototypes(bare, [(torch.randn(4, 4), torch.zeros(4, dtype=torch.long))])
+
+
+def test_prototype_heads_are_not_for_gradients():
+    with pytest.raises(
+        DataError, match=r"'heads' has nothing to train: .* no parameters.*fit_proto"
+    ):
+        offramp.fit(network(), loader(50, 1), scheme="heads", epochs=1, progress=False)
+    offramp.fit(network(), loader(50, 1), scheme="joint", epochs=1, progress=False)

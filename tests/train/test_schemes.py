@@ -3,13 +3,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from offramp.errors import DataError
-from offramp.train.objectives import Boosting, CrossEntropy, Distill, Matched
+from offramp.train.loop import fit
+from offramp.train.objectives import Boosting, CrossEntropy, Distill, Matched, Objective
 from offramp.train.phases import Phase
 from offramp.train.schemes import (
     SCHEMES,
@@ -22,6 +24,7 @@ from offramp.train.schemes import (
     Separate,
     as_plan,
 )
+from tests.train.tiny import loader_of, plain_model_of
 
 
 def test_joint_is_one_phase_over_everything() -> None:
@@ -144,6 +147,11 @@ def test_phases_can_be_given() -> None:
         ([Phase("p", (2,), (), (0,))], r"'p' trains nothing that exits \[0\] learn by"),
         ([Phase("p", (), (1,), (0, 1), turns=((1,), (0,)))], r"nothing that exits \[0\] learn by"),
         ([Phase("p", (0,), (), (0,), epochs=1.5)], "'p' has 1.5 epochs. Expected a whole"),  # type: ignore[arg-type]
+        (
+            Joint(weights=1.0),
+            r"Got weights 1.0. Expected one number per exit, such as \[0.5, 1.0\]",
+        ),  # type: ignore[arg-type]
+        (Joint(weights=np.array(1.0)), "Expected one number per exit"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_schemes(scheme: object, text: str) -> None:
@@ -171,6 +179,46 @@ def test_wrong_phases() -> None:
 def test_an_exit_is_named_once() -> None:
     with pytest.raises(DataError, match=r"'p' names an exit twice: \[1, 1\]"):
         Phase("p", (0,), (0,), (1, 1))
+    with pytest.raises(DataError, match=r"'p' names an exit twice: \[0, 0\]"):
+        Phase("p", (0,), (0,), (0, 1), turns=((1,), (0, 0)))
+    with pytest.raises(DataError, match=r"'p' names a stage twice: \[0, 0, 1\]"):
+        Phase("p", (0, 0, 1), (0,), (1,))
+    with pytest.raises(DataError, match=r"'p' names a head twice: \[0, 0\]"):
+        Phase("p", (0,), (0, 0), (1,))
+
+
+def test_lists_and_arrays_are_as_good_as_tuples() -> None:
+    given: Any = ([0, 1], np.array([0]), [0, 1])
+    phase = Phase("p", *given, turns=[[1], [0, 1]])  # type: ignore[arg-type]
+    assert phase == Phase("p", (0, 1), (0,), (0, 1), turns=((1,), (0, 1)))
+    assert hash((phase.stages, phase.heads, phase.exits, phase.turns))
+    model = plain_model_of(["1"])
+    fit(model, loader_of(), scheme=[phase], progress=False, accelerator="cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"stages": 0}, r"has 0 in stages=. Expected indices .*, such as stages=\(0, 1\)"),
+        ({"exits": ["0"]}, r"has \['0'\] in exits="),
+        ({"turns": (1, (0, 1))}, r"has 1 in turns=. .* such as turns=\(\(2,\), \(0, 1, 2\)\)"),
+        ({"turns": 1}, "has 1 in turns="),
+    ],
+)
+def test_what_names_no_indices(settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(DataError, match=f"Phase 'p' {text}"):
+        Phase(**({"name": "p", "stages": (0,), "heads": (0,), "exits": (0, 1)} | settings))
+
+
+@pytest.mark.parametrize("scheme", sorted(SCHEMES))
+def test_what_is_no_objective(scheme: str) -> None:
+    make: Any = SCHEMES[scheme]
+    with pytest.raises(DataError, match=f"{make.__name__} got 'distill' as its objective"):
+        make("distill")
+    with pytest.raises(DataError, match=f"{make.__name__} got the class Distill as its objective"):
+        make(Distill)
+    with pytest.raises(DataError, match="Phase 'p' got 'distill' as its objective"):
+        Phase("p", (0,), (), (0,), objective="distill")  # type: ignore[arg-type]
 
 
 def test_an_objective_of_ones_own_prints_what_it_was_given() -> None:
@@ -183,6 +231,17 @@ def test_an_objective_of_ones_own_prints_what_it_was_given() -> None:
             raise NotImplementedError
 
     assert "Focal(gamma=2.0)" in str(Joint(Focal(2.0)).plan(2, 1))
+
+    @dataclass(frozen=True)
+    class Balanced(Focal):
+        costs: Any = None
+
+    arrays = [np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])]
+    texts = [str(Joint(Balanced(2.0, costs=costs)).plan(2, 1)) for costs in arrays]
+    assert "Balanced(gamma=2.0, costs=array([1., 2.]))" in texts[0]
+    assert "Balanced(gamma=2.0, costs=tensor([1., 2.]))" in texts[1]
+    weights: Any = np.linspace(0.5, 1, 2)
+    assert "weights array([0.5, 1. ])" in str(Joint(weights=weights).plan(2, 1))
 
 
 @pytest.mark.parametrize("scheme", [Mixed, Separate])
@@ -204,3 +263,9 @@ def test_layer_by_layer_no_exit_learns_from_later_ones() -> None:
     outputs[0] = torch.randn(6, 3)
     assert not torch.equal(terms, phases[1].objective(outputs, labels, (1,)))
     assert Layerwise().phases(4)[1].objective == CrossEntropy()
+
+
+@pytest.mark.parametrize("objective", [Distill(), Matched(Distill()), Boosting(Distill())], ids=str)
+def test_layer_by_layer_the_last_exit_cannot_teach(objective: Objective) -> None:
+    with pytest.raises(DataError, match=r"no later exit can teach it. .*teacher='ensemble'"):
+        Layerwise(objective)

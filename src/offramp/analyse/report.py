@@ -20,7 +20,7 @@ from offramp.analyse.overthinking import Overthinking, overthinking
 from offramp.analyse.verdict import Verdict, verdict, with_time
 from offramp.decide.defaults import usual_defaults
 from offramp.decide.policy import Decisions, Policy, replay
-from offramp.decide.provenance import seen_before
+from offramp.decide.provenance import of_another_network, seen_before
 from offramp.decide.trace import Trace
 from offramp.errors import DataError
 
@@ -334,6 +334,12 @@ def _exit_rows(
 
 def _notes(trace: Trace, policy: Policy) -> tuple[str, ...]:
     notes = []
+    if of_another_network(trace.network, policy.provenance):
+        notes.append(
+            "The policy was calibrated on another network than the trace was recorded with (their "
+            "parameters differ), so its thresholds and what it promises are not for this one: "
+            "calibrate on a trace of this network."
+        )
     known = seen_before(trace, policy.provenance)
     if known > CHANCE:
         notes.append(

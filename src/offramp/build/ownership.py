@@ -13,7 +13,7 @@ from offramp.build.cost import CostProfile, last_inside
 if TYPE_CHECKING:
     from offramp.build.placement import Place
 
-__all__ = ["StageMap", "map_stages"]
+__all__ = ["StageMap", "map_stages", "owns_state"]
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,13 @@ class StageMap:
         modules: path -> stage in which the module first runs; only modules with parameters or
             buffers of their own.
         parameters: name -> stage in which an operation first reads the parameter.
+        stateless: path -> all stages in which the module runs; only those that ran and have neither
+            children nor parameters or buffers, such as dropout.
     """
 
     modules: Mapping[str, int]
     parameters: Mapping[str, int]
+    stateless: Mapping[str, frozenset[int]]
 
 
 def map_stages(backbone: nn.Module, profile: CostProfile, places: Sequence[Place]) -> StageMap:
@@ -35,21 +38,23 @@ def map_stages(backbone: nn.Module, profile: CostProfile, places: Sequence[Place
     last = last_inside(profile.calls)
     spots = {(call.path, call.index): i for i, call in enumerate(profile.calls)}
     taps = [spots[(place.path, place.call)] for place in places]
-    first: dict[str, int] = {}
+    ran: dict[str, list[int]] = {}
     for position, call in enumerate(profile.calls):
-        first.setdefault(call.path, sum(position > last[tap] for tap in taps))
+        ran.setdefault(call.path, []).append(sum(position > last[tap] for tap in taps))
 
     def stage_of(path: str) -> int:
-        while path not in first and path:
+        while path not in ran and path:
             path = path.rpartition(".")[0]
-        return first.get(path, 0)
+        return ran[path][0] if path in ran else 0
 
     ends = [profile.calls[tap].ended for tap in taps]
     modules = {
-        path: stage_of(path)
+        path: stage_of(path) for path, module in backbone.named_modules() if owns_state(module)
+    }
+    stateless = {
+        path: frozenset(ran[path])
         for path, module in backbone.named_modules()
-        if any(True for _ in module.parameters(recurse=False))
-        or any(True for _ in module.buffers(recurse=False))
+        if path in ran and not owns_state(module) and not any(True for _ in module.children())
     }
     parameters = {}
     for name, _ in backbone.named_parameters():
@@ -57,4 +62,10 @@ def map_stages(backbone: nn.Module, profile: CostProfile, places: Sequence[Place
         parameters[name] = (
             stage_of(name.rpartition(".")[0]) if time is None else sum(time >= end for end in ends)
         )
-    return StageMap(modules, parameters)
+    return StageMap(modules, parameters, stateless)
+
+
+def owns_state(module: nn.Module) -> bool:
+    """Whether a module has parameters or buffers of its own."""
+    own = (module.parameters(recurse=False), module.buffers(recurse=False))
+    return any(True for tensors in own for _ in tensors)

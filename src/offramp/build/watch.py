@@ -15,10 +15,9 @@ from offramp.build.attention import plain_attention
 from offramp.build.flow import FlowRecorder
 from offramp.build.layout import ChannelUse, channel_made, channel_use
 from offramp.build.outputs import tensors_in
+from offramp.build.unchanged import buffers_kept, without_autocast
 
 __all__ = ["ClockWatch", "FlowWatch", "Seen", "SeenTensor", "Watch", "as_found"]
-
-_FULL = (torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ def _nothing() -> None:
 
 @contextlib.contextmanager
 def as_found(backbone: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients or autocast; flags and random state restored afterwards."""
+    """Evaluation mode without gradients or autocast; flags, buffers, random state as they were."""
     flags = [(module, module.training) for module in backbone.modules()]
     places = {p.device for p in backbone.parameters()}
     devices = sorted((place for place in places if place.type == "cuda"), key=str)
@@ -167,15 +166,11 @@ def as_found(backbone: nn.Module) -> Iterator[None]:
     try:
         with (
             plain_attention(),
+            buffers_kept(backbone),
             torch.random.fork_rng(devices=devices),
             torch.no_grad(),
-            contextlib.ExitStack() as exact,
+            without_autocast(backbone),
         ):
-            # A backbone in half precision may run under autocast alone.
-            full = all(p.dtype in _FULL for p in backbone.parameters() if p.is_floating_point())
-            for kind in {place.type for place in places} if full else ():
-                if torch.amp.is_autocast_available(kind):
-                    exact.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         for module, training in flags:

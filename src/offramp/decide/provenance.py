@@ -11,7 +11,7 @@ from torch import Tensor
 from offramp.decide.scored import Scored
 from offramp.decide.trace import Trace
 
-__all__ = ["CELLS", "provenance", "seen_before"]
+__all__ = ["CELLS", "of_another_network", "provenance", "seen_before"]
 
 CELLS = 8  # per exit, in which a monitor counts scores: of equal shares on these samples
 REMEMBERED = 64  # samples, by which a later trace is found to have them, too
@@ -38,11 +38,13 @@ def provenance(trace: Trace, scored: Scored, thresholds: Tensor) -> dict[str, An
     }
     if trace.labels is not None:
         achieved["accuracy"] = float((answers == trace.labels).double().mean())
-    data = {
+    data: dict[str, Any] = {
         "source": trace.source,
         "samples": trace.num_samples,
         "fingerprint": trace.fingerprint,
     }
+    if trace.network is not None:
+        data["network"] = trace.network
     if trace.inputs is not None:
         data["inputs"] = _some(trace.inputs)
     return {
@@ -79,6 +81,18 @@ def seen_before(trace: Trace, provenance: Mapping[str, Any]) -> float:
         return 0.0
     there = set(trace.inputs.tolist())
     return sum(mark in there for mark in known) / len(known)
+
+
+def of_another_network(network: str | None, provenance: Mapping[str, Any]) -> bool:
+    """Whether thresholds were chosen for other parameters than these, as far as is remembered.
+
+    Args:
+        network: digest of a network's parameters, ``None`` where it is not known.
+        provenance: of a policy.
+    """
+    data = provenance.get("data")
+    known = data.get("network") if isinstance(data, Mapping) else None
+    return network is not None and known is not None and network != known
 
 
 def _cells(scored: Scored, taken: Tensor) -> list[dict[str, Any]]:

@@ -44,8 +44,9 @@ class Call:
 
     @classmethod
     def of_call(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
-        """The call ``model(*args, **kwargs)``."""
-        return cls(*pytree.tree_flatten((tuple(args), dict(sorted(kwargs.items())))))
+        """The call ``model(*args, **kwargs)``; ``labels`` are no input of the backbone's."""
+        inputs = {name: kwargs[name] for name in sorted(kwargs) if name != "labels"}
+        return cls(*pytree.tree_flatten((tuple(args), inputs)))
 
     @cached_property
     def tensors(self) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offramp.build.digest import digest
+from offramp.build.model import MultiExitModel
 from offramp.decide.criteria import Criterion
 from offramp.decide.policy import Policy
+from offramp.decide.provenance import of_another_network
 from offramp.errors import PolicyError
 from offramp.run.rows import RowAxis
 from offramp.run.stages import StagedModel
 
-__all__ = ["Deciding", "Link", "Step", "chain", "check_state"]
+__all__ = ["Deciding", "Link", "Step", "chain", "check_network", "check_state"]
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,17 @@ def chain(staged: StagedModel, policy: Policy, num_exits: int) -> list[Step]:
         )
         values.update(zip(writes, outputs, strict=True))
     return steps
+
+
+def check_network(policy: Policy, model: MultiExitModel) -> None:
+    """Warn of thresholds that were chosen for other parameters, as before it was trained anew."""
+    if of_another_network(digest(model), policy.provenance):
+        warnings.warn(
+            "The policy was calibrated on a trace of another network than this one (their "
+            "parameters differ), so its thresholds, and what it promises, are not for this one. "
+            "Record this network and calibrate again.",
+            stacklevel=3,
+        )
 
 
 def check_state(policy: Policy) -> None:

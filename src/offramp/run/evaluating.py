@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from offramp.build.attention import plain_attention
+from offramp.build.unchanged import buffers_kept, without_autocast
 
 __all__ = ["PRECISION", "evaluating", "full_precision"]
 
@@ -19,7 +20,7 @@ PRECISION = threading.RLock()  # held by whoever relies on it, or changes it for
 
 @contextmanager
 def evaluating(model: nn.Module, *, fused: bool = False) -> Iterator[None]:
-    """The model in eval mode, and as it was afterwards.
+    """The model in eval mode and without the caller's autocast, and as it was afterwards.
 
     Args:
         model: any module.
@@ -30,11 +31,12 @@ def evaluating(model: nn.Module, *, fused: bool = False) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        if fused:
+        with (
+            nullcontext() if fused else plain_attention(),
+            buffers_kept(model),
+            without_autocast(model),
+        ):
             yield
-        else:
-            with plain_attention():
-                yield
     finally:
         for module in training:
             module.training = True

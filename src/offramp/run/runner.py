@@ -7,14 +7,13 @@ costs what its survivors cost.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -24,10 +23,10 @@ from offramp.build.cost import ExitCosts
 from offramp.build.model import ExitOutputs, MultiExitModel
 from offramp.decide.criteria import criterion_to_json
 from offramp.decide.policy import Policy
-from offramp.errors import DataError, EqualityError, PolicyError
+from offramp.errors import DataError, EqualityError, PolicyError, StageError
 from offramp.run.answers import Answer, Result, as_tensors
 from offramp.run.calls import Call
-from offramp.run.chain import Link, chain, check_state
+from offramp.run.chain import Link, chain, check_network, check_state
 from offramp.run.compaction import Compaction
 from offramp.run.engines import Array, Engine, StepCall, StepCalls, engine_of, tensor_of
 from offramp.run.inputs import (
@@ -89,6 +88,7 @@ class Runner:
         engine: str | Engine = "torch",
         exits: Literal["active", "all"] = "active",
     ) -> None:
+        check_network(policy, model)
         if exits == "all":
             check_state(policy)
         active = policy.active(model.num_exits)
@@ -234,6 +234,14 @@ class Runner:
             slower.append(math.log(times["whole"] / times["stepwise"]))
         return sum(slower) <= len(slower) * math.log(CLEARLY)
 
+    def __reduce__(self) -> NoReturn:
+        """What an engine has loaded stays in its process."""
+        raise StageError(
+            "A Runner can be neither pickled nor copied: its stages are loaded in this process. "
+            "Make one from the model in the other process, or load(path) there what export wrote. "
+            "Threads may share one; runner.under(policy) makes another on the same stages."
+        )
+
     def under(self, policy: Policy) -> Runner:
         """A runner of the same stages under other thresholds; nothing is cut or converted anew.
 
@@ -261,7 +269,8 @@ class Runner:
         return other
 
     def _with(self, links: Sequence[Link]) -> Runner:
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other._links = tuple(links)
         other._whole = None if self._whole is None else self._whole.under(links)
         return other

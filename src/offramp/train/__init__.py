@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from offramp.train.history import EpochRow, History
     from offramp.train.huggingface import HuggingFaceModule, exit_accuracies
     from offramp.train.loop import fit
+    from offramp.train.losses import cross_entropy, exit_accuracy, exit_losses
     from offramp.train.objectives import (
         Boosting,
         CrossEntropy,
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
         ExitsSoFar,
         Matched,
         Objective,
-        cross_entropy,
-        exit_accuracy,
-        exit_losses,
     )
     from offramp.train.phases import Phase, Plan
     from offramp.train.prototypes import fit_prototypes
@@ -101,10 +99,10 @@ _HOMES = {
     "Scheme": "schemes",
     "Separate": "schemes",
     "as_plan": "schemes",
-    "cross_entropy": "objectives",
+    "cross_entropy": "losses",
     "exit_accuracies": "huggingface",
-    "exit_accuracy": "objectives",
-    "exit_losses": "objectives",
+    "exit_accuracy": "losses",
+    "exit_losses": "losses",
     "exit_weights": "weights",
     "fit": "loop",
     "fit_prototypes": "prototypes",

@@ -30,6 +30,7 @@ __all__ = [
     "check_labels",
     "derive_seed",
     "distinct",
+    "no_batch",
     "preserved_generators",
     "preserved_randomness",
 ]
@@ -48,6 +49,14 @@ def derive_seed(*parts: int | str) -> int:
 def distinct(*hashes: Tensor) -> Tensor:
     """All different values of some ``(N,)`` int64 tensors, sorted."""
     return torch.from_numpy(np.unique(torch.cat(hashes).numpy()))
+
+
+def no_batch(role: str) -> DataError:
+    """The error for the ``role`` loader whose length is 0."""
+    return DataError(
+        f"The {role} loader yields no batch: its length is 0. Is the data set empty, or smaller "
+        "than one batch with drop_last=True?"
+    )
 
 
 def _cuda_in_use() -> bool:
@@ -143,10 +152,7 @@ class EpochLoader:
         self.epoch = 0
         self.skip = 0
         if self.length == 0:
-            raise DataError(
-                f"The {role} loader yields no batch: its length is 0. Is the data set empty, or "
-                "smaller than one batch with drop_last=True?"
-            )
+            raise no_batch(role)
 
     @property
     def length(self) -> int | None:
@@ -162,6 +168,7 @@ class EpochLoader:
         return max(self.length - self.skip, 0)
 
     def __iter__(self) -> Iterator[Batch]:
+        promised = self.length  # as the Trainer asked for it: before samplers are told the epoch
         seed = derive_seed(self.seed, self.role, self.epoch)
         stream = DataRandomness(seed)
         _seed_generators(self.loader, seed, self.epoch)
@@ -183,6 +190,13 @@ class EpochLoader:
             raise DataError(
                 f"The {self.role} loader yields no batch in epoch {self.epoch + 1}. "
                 "A generator can be walked only once: give a DataLoader or a list of batches."
+            )
+        # The Trainer would wait for the rest: the last step of an epoch and its validation with it.
+        if self.role == "training" and promised is not None and index < promised:
+            raise DataError(
+                f"The training loader promised {promised} batches by its length, but only {index} "
+                f"came in epoch {self.epoch + 1}. Give it a __len__ that is the number of its "
+                "batches, or none at all."
             )
 
     def _read(self, item: Any, index: int) -> Batch:  # noqa: ANN401

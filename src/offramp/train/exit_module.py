@@ -17,15 +17,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from offramp.build.batch import Batch, unpack
 from offramp.build.model import MultiExitModel
 from offramp.errors import DataError, TrainingError
-from offramp.train.data import Census, check_labels, distinct
+from offramp.train.data import Census, check_labels, distinct, no_batch
 from offramp.train.freezing import Trained, trained_parts
+from offramp.train.losses import exit_losses
 from offramp.train.meter import Meter
-from offramp.train.objectives import exit_losses, judged_outputs
+from offramp.train.objectives import judged_outputs
 from offramp.train.optimizers import (
     DEFAULT_LR,
     OptimizerFactory,
     Schedule,
     adamw,
+    check_optimizer,
     may_fuse,
     optimizer_of,
     schedule_of,
@@ -68,7 +70,8 @@ class ExitModule(pl.LightningModule):
         for phase in as_plan("mixed", model.num_exits, epochs=10):
             lightning.pytorch.Trainer(max_epochs=phase.epochs).fit(ExitModule(model, phase), loader)
 
-    What :func:`offramp.fit` checks and freezes is checked and frozen here, by the same code. What
+    What :func:`offramp.fit` checks and freezes is checked and frozen here, by the same code, but
+    for one check: whether validation samples are among the training samples is for you to see. What
     belongs to the ``Trainer`` (devices, precision, checkpoints, seeds) is left to it. Where several
     processes train a phase that takes turns, such as ``Alternating``, they need
     ``strategy="ddp_find_unused_parameters_true"``.
@@ -110,17 +113,14 @@ class ExitModule(pl.LightningModule):
                 f"ExitModule trains a MultiExitModel, but got a {type(model).__name__}. "
                 "Give it exits first: model = offramp.attach(backbone, example)."
             )
-        if optimizer is not None and lr is not None:
-            raise DataError(
-                "lr is for the default optimizer. Set it in your own, and leave lr out."
-            )
+        check_optimizer(optimizer, lr)
         if phase is None:
             (phase,) = Joint().phases(model.num_exits)
         phase.check(model.num_exits)
         self.model = model
         self.phase = phase
         self.trained: Trained = trained_parts(model, phase)
-        learned = phase.weights == "learned"
+        learned = isinstance(phase.weights, str) and phase.weights == "learned"
         self.weigher = LearnedWeights(model.num_exits) if learned else None
         self.meter = Meter(model.num_exits)
         self.val_meter = Meter(model.num_exits)
@@ -148,6 +148,8 @@ class ExitModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:  # noqa: ANN401
         """The optimiser of what the phase trains, and the course of its learning rate."""
         steps = self.trainer.estimated_stepping_batches
+        if self.trainer.num_training_batches == 0:
+            raise no_batch("training")
         if not 1 <= steps < math.inf:  # it is -1 for epochs of a loader without a length
             raise DataError(
                 "The learning rate follows the part of the training that is done, but how many "
@@ -205,7 +207,9 @@ class ExitModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
         epoch, step, length, joined = self._last = self.standing(batch_idx)
-        exits = self.phase.supervised(epoch * math.ceil(length / joined) + step // joined)
+        # Without a length, epochs begin with one turn after the other: each may be a single step.
+        begun = epoch * (math.ceil(length / joined) or 1)
+        exits = self.phase.supervised(begun + step // joined)
         self._supervised.update(exits)
         labels = _labels(batch)
         try:

@@ -16,10 +16,17 @@ from torch import nn
 from torch.nn import Parameter
 
 from offramp.build.model import MultiExitModel
+from offramp.build.ownership import owns_state
 from offramp.errors import DataError
 from offramp.train.phases import Phase
 
 __all__ = ["Trained", "trained_parts"]
+
+_FROZEN = "all its parameters have requires_grad=False. Call requires_grad_() on what should learn."
+_NO_PARAMETERS = (
+    "what it trains has no parameters. Prototype heads do not learn by gradient but take the means "
+    "of classes: offramp.train.fit_prototypes(model, loader)."
+)
 
 
 @dataclass(frozen=True)
@@ -82,16 +89,15 @@ def trained_parts(model: MultiExitModel, phase: Phase) -> Trained:
         DataError: nothing is left to train.
     """
     stages = _stages_of_parameters(model)
-    parameters = {
+    named = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and _belongs(name, stages, phase)
+        if _belongs(name, stages, phase)
     }
+    parameters = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
     if not parameters:
-        raise DataError(
-            f"Phase {phase.name!r} has nothing to train: all its parameters have "
-            "requires_grad=False. Call requires_grad_() on what should learn."
-        )
+        why = _FROZEN if named else _NO_PARAMETERS
+        raise DataError(f"Phase {phase.name!r} has nothing to train: {why}")
     balanced = {name: stages[name] for name in parameters if phase.equilibrium and name in stages}
     return Trained(model, parameters, _training_modules(model, phase), balanced)
 
@@ -118,9 +124,15 @@ def _training_modules(model: MultiExitModel, phase: Phase) -> frozenset[nn.Modul
     owners = {
         module: stages.get(module, last) in phase.stages and module not in frozen
         for module in backbone
-        if _owns_state(module)
+        if owns_state(module)
     }
-    training = _settle(model.backbone, owners, inherited=whole, divided=whole)
+    ran = model._stages.stateless
+    stateless = {
+        module: ran[path] <= set(phase.stages) and module not in frozen
+        for path, module in model.backbone.named_modules()
+        if path in ran
+    }
+    training = _settle(model.backbone, owners, stateless, inherited=whole, divided=whole)
     for k in phase.heads:
         # A module that a head shares with the backbone is the backbone's.
         training.update({*model.heads[k].modules()} - _frozen(model.heads[k]) - backbone)
@@ -130,25 +142,27 @@ def _training_modules(model: MultiExitModel, phase: Phase) -> frozenset[nn.Modul
 
 
 def _settle(
-    module: nn.Module, owners: dict[nn.Module, bool], *, inherited: bool, divided: bool
+    module: nn.Module,
+    owners: dict[nn.Module, bool],
+    stateless: dict[nn.Module, bool],
+    *,
+    inherited: bool,
+    divided: bool,
 ) -> set[nn.Module]:
     """The modules at and below ``module`` that run in training mode.
 
-    An owner of parameters or statistics was decided by its stage. What owns none (dropout,
-    containers) follows the owners below it when they agree, is ``divided`` when they do not, and
-    follows its parent when there are none.
+    An owner of parameters or statistics was decided by its stage, and what is ``stateless`` without
+    children (dropout) by all stages in which it runs. What is left (containers, what never ran)
+    follows the owners below it, or the stateless where none are, when they agree, is ``divided``
+    when they do not, and follows its parent when there are neither.
     """
-    below = {owners[owner] for owner in module.modules() if owner in owners}
+    below = {owners[inner] for inner in module.modules() if inner in owners}
+    below = below or {stateless[inner] for inner in module.modules() if inner in stateless}
     here = inherited if not below else divided if len(below) > 1 else below == {True}
-    training = {module} if owners.get(module, here) else set()
+    training = {module} if owners.get(module, stateless.get(module, here)) else set()
     for child in module.children():
-        training |= _settle(child, owners, inherited=here, divided=divided)
+        training |= _settle(child, owners, stateless, inherited=here, divided=divided)
     return training
-
-
-def _owns_state(module: nn.Module) -> bool:
-    has_parameter = next(iter(module.parameters(recurse=False)), None) is not None
-    return has_parameter or next(iter(module.buffers(recurse=False)), None) is not None
 
 
 def _frozen(module: nn.Module, around: bool = False) -> set[nn.Module]:

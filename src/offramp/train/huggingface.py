@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,15 @@ from torch import Tensor, nn
 from offramp.build.model import MultiExitModel
 from offramp.build.outputs import ExitOutputs
 from offramp.errors import DataError
+from offramp.train.objectives import (
+    Boosting,
+    CrossEntropy,
+    Distill,
+    ExitLoss,
+    ExitsSoFar,
+    Matched,
+    judged_outputs,
+)
 
 __all__ = ["HuggingFaceModule", "exit_accuracies"]
 
@@ -49,7 +58,8 @@ class HuggingFaceModule(nn.Module):
             :class:`offramp.train.ExitLoss`; the mean of the exits' cross entropies if not given.
 
     Raises:
-        DataError: ``model`` is no multi-exit model.
+        DataError: ``model`` is no multi-exit model, or ``loss`` is an objective, which gives a term
+            for every exit and sample.
 
     Attributes:
         model: as it was given.
@@ -65,6 +75,12 @@ class HuggingFaceModule(nn.Module):
                 f"HuggingFaceModule takes a MultiExitModel, but got a {type(model).__name__}. "
                 "Give it exits first: model = offramp.attach(backbone, example)."
             )
+        if isinstance(loss, CrossEntropy | Distill | Boosting | Matched | ExitsSoFar):
+            raise DataError(
+                f"HuggingFaceModule got the objective {type(loss).__name__}, which gives a term "
+                "for every exit and sample. Expected a function to a scalar: "
+                f"ExitLoss({type(loss).__name__}(...))."
+            )
         self.model = model
         self.loss = loss
         self.register_state_dict_post_hook(_unshare)  # type: ignore[no-untyped-call]
@@ -78,13 +94,18 @@ class HuggingFaceModule(nn.Module):
 
         Returns:
             ``logits`` ``(B, E, C)`` of all exits, the batch first as the ``Trainer`` joins batches;
-            ``loss``, a scalar, before it where labels were given.
+            ``loss``, a scalar, before it where labels were given. In evaluation mode, where the
+            loss is an :class:`ExitLoss` of :class:`Boosting`, the logits are the running sums, by
+            which such a network answers.
         """
         if labels is None or self.loss is not None:
             outputs = self.model(**inputs)
         else:
             outputs = self.model(**inputs, labels=labels)
-        made = {"logits": torch.stack(list(outputs), 1)}
+        answers: Sequence[Tensor] = list(outputs)
+        if not self.training and isinstance(self.loss, ExitLoss):
+            answers = judged_outputs(self.loss.objective, answers)
+        made = {"logits": torch.stack(list(answers), 1)}
         if labels is None:
             return made
         loss = outputs.loss if self.loss is None else self.loss(outputs, labels)

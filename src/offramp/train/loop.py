@@ -38,6 +38,7 @@ from offramp.train.optimizers import (
     OptimizerFactory,
     Schedule,
     adamw,
+    check_optimizer,
     may_fuse,
     named_parameters,
     optimizer_of,
@@ -213,8 +214,10 @@ def fit(
     The same seed, data and settings give the same weights to the bit, on one machine, whether
     training ran through or was interrupted and went on. Shuffling is seeded for every epoch, also
     where the loader brings a generator of its own. (Not covered: ``persistent_workers`` with random
-    augmentation, and ``precision="16-mixed"``, whose loss scale starts anew.) The global random
-    state is as before afterwards. The model ends in evaluation mode, on the device it was on.
+    augmentation; ``precision="16-mixed"``, whose loss scale starts anew; and going on within an
+    epoch with a model that draws from numpy or Python's ``random``, whose states are not kept.) The
+    global random state is as before afterwards. The model ends in evaluation mode, on the device it
+    was on.
 
     Samples of the first epoch are remembered as ``model.training_fingerprints``, so that a later
     ``record`` knows training data when it sees them.
@@ -260,8 +263,7 @@ def fit(
             f"fit trains a MultiExitModel, but got a {type(model).__name__}. "
             "Give it exits first: model = offramp.attach(backbone, example)."
         )
-    if optimizer is not None and lr is not None:
-        raise DataError("lr is for the default optimizer. Set it in your own, and leave lr out.")
+    check_optimizer(optimizer, lr)
     plan = as_plan(scheme, model.num_exits, epochs)
     train = EpochLoader(loader, seed=seed, num_classes=model.num_classes, select=model.select)
     rate = DEFAULT_LR if lr is None else lr

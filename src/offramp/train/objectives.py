@@ -1,31 +1,36 @@
-"""Losses over a sequence of exits: pure functions of logits and labels, usable in anybody's loop.
+"""What exits learn by: objectives, which wrap each other.
 
-Everywhere ``outputs`` is what a multi-exit model returns, or any sequence of ``E`` logits tensors
-of shape ``(B, C)``, the last being the backbone's own; ``labels`` is ``(B,)`` int64 with values in
-``[0, C)``. In a plain loop one function is all it takes, or an :class:`ExitLoss` of any objective::
-
-    loss = cross_entropy(model(x), y, weights=[0.3, 0.6, 1.0])
+*Objectives* are callables ``(outputs, labels, exits) -> (K, B)`` that give one term per supervised
+exit and sample. The loop takes the mean over samples and the weighted sum over exits. They wrap
+each other, so ``Matched(Distill(CrossEntropy(label_smoothing=0.1)))`` needs no new class, and a
+plain function of the same signature does as well. In a loop of one's own, an :class:`ExitLoss`
+makes one number of any of them::
 
     objective = ExitLoss(Distill(temperature=4.0), weights=[0.3, 0.6, 1.0])
     loss = objective(model(x), y)
 
-Schemes use *objectives*: callables ``(outputs, labels, exits) -> (K, B)`` that give one term per
-supervised exit and sample. The loop takes the mean over samples and the weighted sum over exits.
-Objectives wrap each other, so ``Matched(Distill(CrossEntropy(label_smoothing=0.1)))`` needs no
-new class, and a plain function of the same signature does as well.
+``outputs`` and ``labels`` are as in :mod:`offramp.train.losses`, whose functions are used here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from offramp.errors import DataError, unknown_name
+from offramp.train.losses import (
+    Teacher,
+    boosted,
+    chosen_exits,
+    distillation,
+    leave_shares,
+    sample_losses,
+    weighted_sum,
+)
 
 __all__ = [
     "Boosting",
@@ -35,18 +40,11 @@ __all__ = [
     "ExitsSoFar",
     "Matched",
     "Objective",
-    "boosted",
-    "cross_entropy",
-    "distillation",
-    "exit_accuracy",
-    "exit_losses",
+    "check_objective",
     "judged_outputs",
-    "leave_shares",
-    "sample_losses",
+    "nested",
     "without_others",
 ]
-
-Teacher = Literal["last", "ensemble"]
 
 
 class Objective(Protocol):
@@ -69,157 +67,6 @@ class Objective(Protocol):
         ...
 
 
-def sample_losses(
-    outputs: Sequence[Tensor],
-    labels: Tensor,
-    exits: Sequence[int] | None = None,
-    *,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """Cross entropy of every exit for every sample.
-
-    Args:
-        outputs: ``E`` tensors ``(B, C)``.
-        labels: ``(B,)`` int64.
-        exits: indices of ``K`` exits; all of them when ``None``.
-        label_smoothing: share of the target that is spread evenly over the classes.
-
-    Returns:
-        ``(K, B)`` in nats.
-    """
-    chosen = _chosen(outputs, exits)
-    if labels.shape != outputs[-1].shape[:1]:
-        raise DataError(
-            f"Expected labels of shape ({len(outputs[-1])},), a class number for each row, but got "
-            f"{tuple(labels.shape)}. For probabilities as targets, write an objective of your own."
-        )
-    return F.cross_entropy(
-        _stacked(outputs, chosen),
-        labels.expand(len(chosen), -1),
-        reduction="none",
-        label_smoothing=label_smoothing,
-    )
-
-
-def exit_losses(
-    outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
-) -> Tensor:
-    """Mean cross entropy of every exit: ``(K,)`` in nats."""
-    return torch.stack(
-        [F.cross_entropy(_full(outputs[k]), labels) for k in _chosen(outputs, exits)]
-    )
-
-
-def cross_entropy(
-    outputs: Sequence[Tensor], labels: Tensor, weights: Sequence[float] | Tensor | None = None
-) -> Tensor:
-    """Weighted sum of the exits' cross entropies.
-
-    ``L = sum_k w_k * CE(logits_k, y)``: the joint loss of BranchyNet (Teerapittayanon et al.,
-    ICPR 2016).
-
-    Args:
-        outputs: ``E`` tensors ``(B, C)``.
-        labels: ``(B,)`` int64.
-        weights: ``E`` weights; all one when ``None``.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        DataError: the number of weights is not the number of exits.
-    """
-    return _weighted(exit_losses(outputs, labels), weights)
-
-
-def exit_accuracy(outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Share of the samples that each exit classifies rightly: ``(E,)`` float."""
-    hits = torch.stack([logits.argmax(-1) for logits in outputs]) == labels
-    return hits.float().mean(1)
-
-
-def distillation(
-    outputs: Sequence[Tensor],
-    exits: Sequence[int] | None = None,
-    *,
-    teacher: Teacher = "last",
-    temperature: float = 3.0,
-) -> Tensor:
-    """Divergence of each exit from the network's own best answer.
-
-    ``T^2 * KL(softmax(t / T) || softmax(z_k / T))``: distillation between the exits of one network
-    (Phuong and Lampert, "Distillation-based training for multi-exit architectures", ICCV 2019).
-    The teacher gets no gradient.
-
-    Args:
-        outputs: ``E`` tensors ``(B, C)``.
-        exits: indices of ``K`` exits; all of them when ``None``.
-        teacher: ``"last"``, the backbone's own logits, or ``"ensemble"``, the mean of all exits'
-            tempered probabilities.
-        temperature: ``T > 0``; larger is softer.
-
-    Returns:
-        ``(K, B)`` in nats; exactly zero for the last exit when it is the teacher.
-    """
-    chosen, last = _chosen(outputs, exits), len(outputs) - 1
-    taught = _stacked(outputs, chosen)
-    with torch.no_grad():
-        teachers = [last] if teacher == "last" else list(range(last + 1))
-        teaching = taught if teachers == chosen else _stacked(outputs, teachers)
-        target = torch.softmax(teaching / temperature, 1).mean(0)
-        negative_entropy = torch.special.xlogy(target, target).sum(0)
-    cross = -(target * torch.log_softmax(taught / temperature, 1)).sum(1)
-    divergence: Tensor = temperature**2 * (cross + negative_entropy)
-    if teacher == "last" and last in chosen:
-        itself = torch.tensor([[k == last] for k in chosen], device=divergence.device)
-        divergence = divergence.masked_fill(itself, 0.0)
-    return divergence
-
-
-def boosted(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Running sums of the exits' logits, each exit correcting the ones before.
-
-    ``F_k = z_k + stop_gradient(F_{k-1})``: Boosted Dynamic Neural Networks (Yu et al., AAAI 2023).
-    What is trained so must be decided on the same running sums.
-
-    Args:
-        outputs: ``E`` tensors ``(B, C)``.
-
-    Returns:
-        ``E`` tensors ``(B, C)``.
-    """
-    sums: list[Tensor] = []
-    for logits in outputs:
-        own = _full(logits)
-        sums.append(own + sums[-1].detach() if sums else own)
-    return sums
-
-
-def leave_shares(outputs: Sequence[Tensor], sharpness: float = 10.0) -> Tensor:
-    """How likely each sample is to leave at each exit, judged by the exits' confidence.
-
-    A sample stops at exit ``k`` with ``g_k = sigmoid(sharpness * (c_k - mean c_k))``, where ``c_k``
-    is its largest softmax probability; the last exit takes the rest. So
-    ``p_k = g_k * prod_{j<k} (1 - g_j)``, and every column sums to one.
-
-    Args:
-        outputs: ``E`` tensors ``(B, C)``.
-        sharpness: how sudden the decision is; the limit is a hard threshold at the batch mean.
-
-    Returns:
-        ``(E, B)`` without gradient.
-    """
-    with torch.no_grad():
-        remaining = torch.ones_like(_full(outputs[0])[:, 0])
-        rows = []
-        for logits in outputs[:-1]:
-            confidence = torch.softmax(_full(logits), -1).amax(-1)
-            gate = torch.sigmoid(sharpness * (confidence - confidence.mean()))
-            rows.append(remaining * gate)
-            remaining = remaining * (1 - gate)
-        return torch.stack([*rows, remaining])
-
-
 @dataclass(frozen=True)
 class CrossEntropy:
     """Cross entropy of each exit with the labels.
@@ -229,6 +76,14 @@ class CrossEntropy:
     """
 
     label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        if not 0 <= self.label_smoothing <= 1:
+            raise DataError(
+                f"Expected a label smoothing from 0 to 1, but got {self.label_smoothing}. "
+                "It is the share of the target that is spread evenly over the classes, such as 0.1."
+            )
 
     def __call__(
         self, outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
@@ -242,7 +97,8 @@ class Distill:
     """Another objective, mixed with distillation from the network's own best answer.
 
     ``(1 - a) * objective + a * T^2 KL``; see :func:`distillation`. The last exit keeps the plain
-    objective when it is the teacher, as it has nothing to learn from itself.
+    objective when it is the teacher, as it has nothing to learn from itself. Where the objective
+    inside is or wraps :class:`Boosting`, teacher and pupils answer by the running sums too.
 
     Attributes:
         objective: what is mixed with.
@@ -258,6 +114,7 @@ class Distill:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        check_objective(self.objective, "Distill")
         if self.teacher not in ("last", "ensemble"):
             raise DataError(unknown_name("teacher", str(self.teacher), ["last", "ensemble"]))
         if not self.temperature > 0:
@@ -272,9 +129,10 @@ class Distill:
         self, outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
     ) -> Tensor:
         """Terms ``(K, B)``."""
-        chosen = _chosen(outputs, exits)
+        chosen = chosen_exits(outputs, exits)
         hard = self.objective(outputs, labels, chosen)
-        soft = distillation(outputs, chosen, teacher=self.teacher, temperature=self.temperature)
+        answers = _answers(self.objective, outputs)
+        soft = distillation(answers, chosen, teacher=self.teacher, temperature=self.temperature)
         share = torch.full((len(chosen), 1), self.weight, dtype=hard.dtype, device=hard.device)
         if self.teacher == "last":
             share[[k == len(outputs) - 1 for k in chosen]] = 0.0
@@ -293,6 +151,10 @@ class Boosting:
 
     objective: Objective = field(default_factory=CrossEntropy)
 
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_objective(self.objective, "Boosting")
+
     def __call__(
         self, outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
     ) -> Tensor:
@@ -307,7 +169,8 @@ class Matched:
     Training sees every sample at every exit, inference does not: easy samples leave early. Each
     term is multiplied by ``(1 - s) * p_k / mean p_k + s``, with ``p_k`` from :func:`leave_shares`.
     The gap is that of "Learning to Weight Samples for Dynamic Early-exiting Networks" (Han et al.,
-    ECCV 2022); here the weights follow from the exits' confidence instead of a second network.
+    ECCV 2022); here the weights follow from the exits' confidence instead of a second network: from
+    that of the running sums, where the objective inside is or wraps :class:`Boosting`.
 
     Attributes:
         objective: what is weighted.
@@ -321,6 +184,7 @@ class Matched:
 
     def __post_init__(self) -> None:
         """Check the settings."""
+        check_objective(self.objective, "Matched")
         if not 0 <= self.floor <= 1:
             raise DataError(f"Expected a floor from 0 to 1, but got {self.floor}.")
 
@@ -328,8 +192,8 @@ class Matched:
         self, outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
     ) -> Tensor:
         """Terms ``(K, B)``."""
-        chosen = _chosen(outputs, exits)
-        shares = leave_shares(outputs, self.sharpness)[chosen]
+        chosen = chosen_exits(outputs, exits)
+        shares = leave_shares(_answers(self.objective, outputs), self.sharpness)[chosen]
         relative = shares / shares.mean(1, keepdim=True).clamp_min(1e-12)
         terms = self.objective(outputs, labels, chosen)
         return terms * (self.floor + (1 - self.floor) * relative)
@@ -348,11 +212,15 @@ class ExitsSoFar:
 
     objective: Objective = field(default_factory=CrossEntropy)
 
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        check_objective(self.objective, "ExitsSoFar")
+
     def __call__(
         self, outputs: Sequence[Tensor], labels: Tensor, exits: Sequence[int] | None = None
     ) -> Tensor:
         """Terms ``(K, B)``."""
-        chosen = _chosen(outputs, exits)
+        chosen = chosen_exits(outputs, exits)
         return self.objective([outputs[k] for k in range(max(chosen) + 1)], labels, chosen)
 
 
@@ -366,13 +234,41 @@ def judged_outputs(objective: Objective, outputs: Sequence[Tensor]) -> Sequence[
     Returns:
         ``E`` tensors ``(B, C)``; sums are without gradient.
     """
-    inner: object = objective
-    while inner is not None and not isinstance(inner, Boosting):
-        inner = getattr(inner, "objective", None)
-    if inner is None:
-        return outputs
     with torch.no_grad():
-        return boosted(outputs)
+        return _answers(objective, outputs)
+
+
+def _answers(objective: Objective, outputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """As :func:`judged_outputs`, with gradients."""
+    sums = any(isinstance(part, Boosting) for part in nested(objective))
+    return boosted(outputs) if sums else outputs
+
+
+def nested(objective: object) -> Iterator[object]:
+    """An objective and those that it wraps, from the outside in."""
+    while objective is not None:
+        yield objective
+        objective = getattr(objective, "objective", None)
+
+
+def check_objective(objective: object, whose: str) -> None:
+    """Refuse what cannot be an objective, where it is given.
+
+    Args:
+        objective: what came.
+        whose: what it was given to, for the error.
+
+    Raises:
+        DataError: it is a class, or nothing that can be called.
+    """
+    if isinstance(objective, type):
+        name = objective.__name__
+        raise DataError(f"{whose} got the class {name} as its objective. Make one: {name}().")
+    if not callable(objective):
+        raise DataError(
+            f"{whose} got {objective!r} as its objective. Expected one such as CrossEntropy(), "
+            "Distill(), Boosting() or Matched(), or a function (outputs, labels, exits) -> (K, B)."
+        )
 
 
 def without_others(objective: Objective) -> Objective:
@@ -401,52 +297,26 @@ class ExitLoss:
     objective: Objective = field(default_factory=CrossEntropy)
     weights: Sequence[float] | None = None
 
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        check_objective(self.objective, "ExitLoss")
+        if isinstance(self.weights, str) or callable(self.weights):
+            raise DataError(
+                f"ExitLoss got weights={self.weights!r}. Expected one number per exit; those of a "
+                'name come from exit_weights: weights=exit_weights("linear", model.num_exits).'
+            )
+
     def __call__(self, outputs: Sequence[Tensor], labels: Tensor) -> Tensor:
         """The loss.
 
         Args:
             outputs: ``E`` tensors ``(B, C)``.
-            labels: ``(B,)`` int64.
+            labels: ``(B,)`` integers.
 
         Returns:
             A scalar.
 
         Raises:
-            DataError: the number of weights is not the number of exits.
+            DataError: the number of weights is not the number of exits, or labels are floats.
         """
-        return _weighted(self.objective(outputs, labels).mean(1), self.weights)
-
-
-def _weighted(losses: Tensor, weights: Sequence[float] | Tensor | None) -> Tensor:
-    if weights is None:
-        return losses.sum()
-    factors = torch.as_tensor(weights, dtype=losses.dtype, device=losses.device)
-    if factors.shape != losses.shape:
-        raise DataError(
-            f"Weights of shape {tuple(factors.shape)} do not fit {len(losses)} exits. "
-            f"Give one weight per exit, the last being the backbone's own."
-        )
-    return (factors * losses).sum()
-
-
-def _stacked(outputs: Sequence[Tensor], exits: Sequence[int]) -> Tensor:
-    """(K, C, B): one operator for all exits, which goes over samples faster than over classes."""
-    return torch.stack([_full(outputs[k]).mT for k in exits])
-
-
-def _full(logits: Tensor) -> Tensor:
-    """Logits of mixed precision in the precision that losses are summed in."""
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
-
-
-def _chosen(outputs: Sequence[Tensor], exits: Sequence[int] | None) -> list[int]:
-    count = len(outputs)
-    if exits is None:
-        return list(range(count))
-    wrong = [k for k in exits if not 0 <= k < count]
-    if wrong:
-        raise DataError(
-            f"There is no exit {wrong[0]}: the outputs hold {count} exits, counted from 0; "
-            f"the last, {count - 1}, is the backbone's own."
-        )
-    return list(exits)
+        return weighted_sum(self.objective(outputs, labels).mean(1), self.weights)

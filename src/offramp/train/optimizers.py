@@ -20,6 +20,7 @@ __all__ = [
     "OptimizerFactory",
     "Schedule",
     "adamw",
+    "check_optimizer",
     "constant",
     "cosine",
     "may_fuse",
@@ -101,13 +102,36 @@ def schedule_of(schedule: str | Schedule) -> Schedule:
     """The schedule of a name, or the function that was given.
 
     Raises:
-        DataError: an unknown name.
+        DataError: an unknown name, or neither a name nor a function.
     """
     if not isinstance(schedule, str):
+        if not callable(schedule):
+            raise DataError(
+                f"schedule={schedule!r}: expected {' or '.join(map(repr, _SCHEDULES))}, or a "
+                "function from the part that is done, in [0, 1), to the factor on the learning "
+                "rate. For a rate that stays, pass 'constant'."
+            )
         return schedule
     if schedule not in _SCHEDULES:
         raise DataError(unknown_name("schedule", schedule, sorted(_SCHEDULES)))
     return _SCHEDULES[schedule]
+
+
+def check_optimizer(optimizer: OptimizerFactory | None, lr: float | None) -> None:
+    """Refuse what cannot make an optimiser, and a learning rate that none would follow.
+
+    Raises:
+        DataError: ``optimizer`` is no function, or ``lr`` is given with it.
+    """
+    if optimizer is not None and not callable(optimizer):
+        came = repr(optimizer) if isinstance(optimizer, str) else type(optimizer).__name__
+        raise DataError(
+            f"optimizer is {came}. Expected a function from the list of trained parameters to an "
+            "optimiser, as each phase makes its own: "
+            "optimizer=lambda params: torch.optim.SGD(params, lr=0.1)."
+        )
+    if optimizer is not None and lr is not None:
+        raise DataError("lr is for the default optimizer. Set it in your own, and leave lr out.")
 
 
 def named_parameters(trained: Trained, weigher: LearnedWeights | None) -> dict[str, Parameter]:

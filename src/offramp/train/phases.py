@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from numbers import Integral
+from operator import index
 from typing import Any, overload
 
 from offramp.errors import DataError
-from offramp.train.objectives import CrossEntropy, Objective
+from offramp.train.objectives import CrossEntropy, Objective, check_objective
 from offramp.train.weights import Weights, check_weights
 
 __all__ = ["Phase", "Plan"]
+
+
+_EXAMPLES = {
+    "stages": "stages=(0, 1)",
+    "heads": "heads=(0,)",
+    "exits": "exits=(0, 1)",
+    "turns": "turns=((2,), (0, 1, 2))",
+}
 
 
 @dataclass(frozen=True)
@@ -48,21 +57,39 @@ class Phase:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check what can be checked without a model."""
+        """Tuples of what was given, and a check of what can be checked without a model."""
         check_weights(self.weights)
+        check_objective(self.objective, f"Phase {self.name!r}")
+        for kind in ("stages", "heads", "exits"):
+            object.__setattr__(self, kind, self._indices(kind, getattr(self, kind)))
+        turns = self.turns if isinstance(self.turns, Iterable) else (self.turns,)
+        turns = tuple(self._indices("turns", turn) for turn in turns)
+        object.__setattr__(self, "turns", turns)
         if not self.exits:
             raise DataError(f"Phase {self.name!r} supervises no exit. Name at least one in exits=.")
-        if len(set(self.exits)) < len(self.exits):
-            raise DataError(
-                f"Phase {self.name!r} names an exit twice: {list(self.exits)}. Name each once; how "
-                "much it counts is for weights=."
-            )
         stray = sorted({k for turn in self.turns for k in turn} - set(self.exits))
         if stray:
             raise DataError(
                 f"Phase {self.name!r} takes turns with exits {stray}, which are not among its "
                 f"exits {list(self.exits)}."
             )
+
+    def _indices(self, kind: str, given: Iterable[int]) -> tuple[int, ...]:
+        """Indices as a tuple, each once: sets of exits are keys while training."""
+        try:
+            indices = tuple(map(index, given))
+        except TypeError as error:
+            raise DataError(
+                f"Phase {self.name!r} has {given!r} in {kind}=. Expected indices counted from 0, "
+                f"such as {_EXAMPLES[kind]}."
+            ) from error
+        if len(set(indices)) < len(indices):
+            what = {"stages": "a stage", "heads": "a head"}.get(kind, "an exit")
+            raise DataError(
+                f"Phase {self.name!r} names {what} twice: {list(indices)}. Name each once; how "
+                "much an exit counts is for weights=."
+            )
+        return indices
 
     def supervised(self, step: int) -> tuple[int, ...]:
         """The exits whose losses are minimised in step ``step`` of this phase, counted from 0."""
@@ -185,12 +212,20 @@ def _text(value: object) -> str:
         told = [
             f"{f.name}={_text(getattr(value, f.name))}"
             for f in fields(value)
-            if getattr(value, f.name) != _default(f)
+            if _differ(getattr(value, f.name), _default(f))
         ]
         return f"{type(value).__name__}({', '.join(told)})"
     if callable(value) and hasattr(value, "__name__"):
         return f"{value.__name__}()"
     return repr(value)
+
+
+def _differ(value: object, default: object) -> bool:
+    """Whether a field is worth telling. Arrays, which compare item by item, always are."""
+    try:
+        return bool(value != default)
+    except (RuntimeError, ValueError):
+        return True
 
 
 def _default(field: Field[Any]) -> object:

@@ -20,7 +20,15 @@ from numbers import Integral
 from typing import ClassVar
 
 from offramp.errors import DataError, unknown_name
-from offramp.train.objectives import CrossEntropy, ExitsSoFar, Objective, without_others
+from offramp.train.objectives import (
+    CrossEntropy,
+    Distill,
+    ExitsSoFar,
+    Objective,
+    check_objective,
+    nested,
+    without_others,
+)
 from offramp.train.phases import Phase, Plan
 from offramp.train.weights import Weights
 
@@ -48,6 +56,10 @@ class Scheme(ABC):
     objective: Objective = field(default_factory=CrossEntropy)
 
     summary: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        check_objective(self.objective, type(self).__name__)
 
     @abstractmethod
     def phases(self, num_exits: int) -> list[Phase]:
@@ -95,10 +107,21 @@ class Layerwise(Scheme):
 
     Phase ``k`` trains stage ``k`` and head ``k``; the last trains the remaining layers and the
     backbone's own classifier. Greedy layer-wise learning (Belilovsky et al., ICML 2019), with the
-    exits kept. An objective that looks at other exits sees those that are trained by then.
+    exits kept. An objective that looks at other exits sees those that are trained by then, so that
+    the last of them cannot be a teacher: ``Distill`` needs ``teacher="ensemble"`` here.
     """
 
     summary: ClassVar[str] = "each exit with its layers, then frozen"
+
+    def __post_init__(self) -> None:
+        """Refuse a teacher who is never there."""
+        super().__post_init__()
+        if any(isinstance(part, Distill) and part.teacher == "last" for part in nested(self)):
+            raise DataError(
+                "Layerwise got Distill with teacher='last'. Each exit is the last there is while "
+                "it is trained, and no later exit can teach it. Pass Distill(teacher='ensemble'), "
+                "by which exits learn from earlier ones, or leave Distill out."
+            )
 
     def phases(self, num_exits: int) -> list[Phase]:
         """One phase for each exit, shallow to deep."""

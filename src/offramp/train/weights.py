@@ -29,10 +29,13 @@ def check_weights(weights: Weights) -> None:
     """Refuse unknown names before any training starts.
 
     Raises:
-        DataError: ``weights`` is a name that is not known.
+        DataError: ``weights`` is a name that is not known, or one number.
     """
-    if isinstance(weights, str) and weights not in WEIGHT_NAMES:
-        raise DataError(unknown_name("weights", weights, WEIGHT_NAMES))
+    if isinstance(weights, str):
+        if weights not in WEIGHT_NAMES:
+            raise DataError(unknown_name("weights", weights, WEIGHT_NAMES))
+    elif not callable(weights):
+        _numbers(weights)
 
 
 def exit_weights(
@@ -121,7 +124,7 @@ class LearnedWeights(nn.Module):
 
 
 def _given(values: Sequence[float], num_exits: int) -> tuple[float, ...]:
-    given = tuple(float(value) for value in values)
+    given = _numbers(values)
     if len(given) != num_exits:
         raise DataError(
             f"{len(given)} weights were given for {num_exits} exits. Give one weight per exit; "
@@ -132,3 +135,13 @@ def _given(values: Sequence[float], num_exits: int) -> tuple[float, ...]:
             f"Weights must be finite, not negative, and not all zero, but got {list(given)}."
         )
     return given
+
+
+def _numbers(values: Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"Got weights {values!r}. Expected one number per exit, such as [0.5, 1.0], a function "
+            f"of the epoch that returns them, or a name: {', '.join(WEIGHT_NAMES)}."
+        ) from error
