@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.build.batch import Batch, fingerprints, unpack
+from offramp.build.digest import digest
 from offramp.decide.trace import Trace
 from offramp.errors import DataError, OfframpError, TraceError
 from offramp.files import replaced
@@ -95,6 +96,7 @@ def record(
         source=source or "unknown",
         cascade=costs.cascade,
         inputs=marks,
+        network=digest(model) if isinstance(model, torch.nn.Module) else None,
     )
     if path is not None:
         trace.save(path)
@@ -312,11 +314,11 @@ def _prepared(model: Any, device: str | torch.device | None) -> Iterator[torch.d
 
 def _digest(model: Any) -> str:  # noqa: ANN401
     """What tells one model's shards from another's."""
-    digest = hashlib.sha256(repr((model.num_exits, model.places, model.costs)).encode())
+    found = hashlib.sha256(repr((model.num_exits, model.places, model.costs)).encode())
     if isinstance(model, torch.nn.Module):
         for name, value in model.state_dict().items():
-            digest.update(name.encode())
+            found.update(name.encode())
             if isinstance(value, Tensor):
                 plain = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                digest.update(plain.numpy().data)
-    return digest.hexdigest()
+                found.update(plain.numpy().data)
+    return found.hexdigest()

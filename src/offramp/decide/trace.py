@@ -44,6 +44,8 @@ class Trace:
             is off.
         inputs: (N,) int64 hash of each sample's input, or ``None``, by which samples that were used
             before are known; :func:`record` keeps them.
+        network: digest of the network's parameters, or ``None``, by which thresholds for another
+            network are noticed; :func:`record` keeps it.
 
     Raises:
         TraceError: shapes that do not fit, NaN or infinite logits, labels out of range, costs that
@@ -60,6 +62,7 @@ class Trace:
     groups: Tensor | None = None
     cascade: bool = False
     inputs: Tensor | None = None
+    network: str | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # frozen for its users; normalised here, once
@@ -228,6 +231,7 @@ class Trace:
             "source": self.source,
             "fingerprint": self.fingerprint,
             "cascade": self.cascade,
+            "network": self.network,
             "rest": _rest(tensors),
         }
         with replaced(target) as part:
@@ -258,6 +262,7 @@ class Trace:
             groups=tensors.get("groups"),
             cascade=bool(about.get("cascade", False)),
             inputs=tensors.get("inputs"),
+            network=about.get("network"),
         )
         if trace.fingerprint != about["fingerprint"]:
             raise TraceError(
