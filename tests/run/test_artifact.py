@@ -20,7 +20,14 @@ from offramp.build.model import attach
 from offramp.decide.criteria import Criterion
 from offramp.decide.policy import Policy, replay
 from offramp.decide.record import record
-from offramp.errors import ArtifactError, DataError, EqualityError, OfframpError, PolicyError
+from offramp.errors import (
+    ArtifactError,
+    DataError,
+    EqualityError,
+    OfframpError,
+    PolicyError,
+    StageError,
+)
 from offramp.run import artifact, engines
 from offramp.run.artifact import MANIFEST, MODEL, POLICY, export, load, verify
 from offramp.run.runner import Runner
@@ -580,3 +587,56 @@ def test_a_structure_that_no_file_holds_is_refused_before_the_proof(
     with pytest.raises(ArtifactError, match=r"structure of the example, .* Let the model take tup"):
         export(model, Policy.final(), example, tmp_path / "made")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_in_half_precision_is_held_to_what_that_rounds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 5)
+    x = torch.randn(9, 8).half()
+    model = attach(nn.Sequential(*layers).eval().half(), x, exits=["1"])
+    policy = Policy("confidence", [0.3])
+    Runner(model, policy, x, engine="onnxruntime")
+    proof = verify(export(model, policy, x, tmp_path / "half"))["proof"]
+    assert proof["tolerance"] == 4 * torch.finfo(torch.float16).eps
+    assert 1e-4 < proof["largest_relative_difference"] <= proof["tolerance"]
+
+
+class TimeFirst(nn.Module):
+    """The samples are in dimension 1, which a select function tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.a, self.b = nn.LSTM(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(self.lstm(x)[0][-1])))
+
+
+def test_what_select_takes_along_another_dimension_is_no_file_either(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 9, 6)
+    model = attach(TimeFirst().eval(), x, exits=["a"], select=lambda rows, x: x[:, rows])
+    with pytest.raises(StageError, match="select function of Python"):
+        export(model, Policy("confidence", [0.3]), x, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+class Present(nn.Module):
+    """The mean of what is there; of nothing there is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, present: Tensor) -> Tensor:
+        weight = present[:, :, None].to(x.dtype)
+        mean = (x * weight).sum(1) / weight.sum(1)
+        return self.b(torch.relu(self.a(mean)))
+
+
+def test_rows_that_the_model_has_no_answer_to_are_not_the_files_fault(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    example = {"x": torch.randn(12, 3, 6), "present": torch.eye(3).bool().repeat(4, 1)}
+    model = attach(Present().eval(), example, exits=["a"])
+    path = export(model, Policy("confidence", [0.4]), example, tmp_path / "a")
+    assert verify(path)["proof"]["rows"] >= 1000

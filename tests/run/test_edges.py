@@ -225,3 +225,84 @@ def test_values_that_are_not_finite_spoil_no_column_of_a_proof() -> None:
         known = source[:, column][source[:, column].isfinite()]
         assert float(made[~bad, column].max()) <= float(known.max())
     assert bool(made[:, 2].isnan().all())
+
+
+class Sometimes(Placed):
+    """Divides by the mean of the whole batch where that is large, which it is in no example."""
+
+    def prepared(self, x: Tensor) -> Tensor:
+        return torch.where(x.mean() > 5, x / x.max(0).values, x)
+
+
+def test_rows_that_are_mixed_on_other_inputs_only_are_told(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = attach(Sometimes(6), table(6), exits=["a"])
+    told = "aten.mean.default in .* makes one value of all rows of a batch"
+    with pytest.warns(UserWarning, match=told):
+        Runner(model, Policy("confidence", [0.5]), table(6))
+    with pytest.warns(UserWarning, match=told):
+        export(model, Policy("confidence", [0.5]), table(6), tmp_path / "a")
+
+
+class Alike(Placed):
+    """What looks as if it were made of all rows, and takes nothing but their type and number."""
+
+    def prepared(self, x: Tensor) -> Tensor:
+        number = torch.arange(x.shape[0]).float().mean() * 0
+        return x + x.new_zeros(6) + torch.ones(6).type_as(x) + torch.ones(6).to(x) + number
+
+
+def test_types_and_numbers_of_rows_mix_nothing() -> None:
+    torch.manual_seed(0)
+    model = attach(Alike(6), table(6), exits=["a"])
+    Runner(model, Policy("confidence", [0.5]), table(6))  # warnings are errors here
+
+
+class Bag(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.a, self.b = nn.EmbeddingBag(7, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(self.table(ids))))
+
+
+def test_entries_of_bags_are_known() -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(7, (6, 4))
+    model = attach(Bag(), ids, exits=["a"])
+    runner = Runner(model, Policy("confidence", [0.5]), ids)
+    assert runner.call.entries == {0: 7}
+    ids[2, 1] = -1
+    with pytest.raises(DataError, match="from -1 to"):
+        runner(ids)
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(16, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.b = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.layer(self.a(x)).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_kernels_may_round_as_their_type_does(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(9, 6, 16).to(dtype)
+    model = attach(Encoder().eval().to(dtype), x, exits=["a"])
+    with torch.no_grad():
+        wanted = model(x)
+    found = Runner(model, Policy("confidence", [2.0]), x)(x).logits
+    assert float((found - wanted.final).abs().max()) <= 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float64, 1e-4), (torch.float32, 1e-4), (torch.float16, 2**-8)]
+)
+def test_engines_may_differ_by_roundings_of_the_type(dtype: torch.dtype, allowed: float) -> None:
+    assert proof.between_engines(nn.Linear(2, 2).to(dtype)) == allowed
+    assert proof.between_engines(nn.ReLU()) == 1e-4

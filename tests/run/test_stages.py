@@ -331,3 +331,104 @@ def test_names_that_differ_by_a_dot_are_not_mixed_up() -> None:
     runner = Runner(model, Policy("confidence", [2.0]), x)
     with torch.no_grad():
         assert torch.equal(runner(x).logits, model.backbone(x))
+
+
+class Rescaled(nn.Sequential):
+    """Does something of its own before its children."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / 255 if x.max() > 2 else x)
+
+
+def hooked(kind: str) -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(12, 8), RowGate(), nn.Linear(8, 3))
+    if kind == "before":
+        net.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    else:
+        net.register_forward_hook(lambda module, args, output: output * 2)
+    return net
+
+
+@pytest.mark.parametrize("kind", ["forward", "before", "behind"])
+def test_a_sequential_model_that_does_more_than_its_children_is_not_cut_by_hand(kind: str) -> None:
+    layers = nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)
+    backbone = Rescaled(*layers) if kind == "forward" else hooked(kind)
+    model = attach(backbone.eval(), torch.rand(4, 12), exits=["1"])
+    with pytest.raises(StageError, match="torch.export refuses this model"):
+        Runner(model, Policy.final(), torch.rand(4, 12))
+
+
+class Twofold(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.relu(), -x
+
+
+class Joined(nn.Module):
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return pair[0] + pair[1]
+
+
+def test_tuples_between_children_are_cut_by_hand_where_no_exit_is() -> None:
+    torch.manual_seed(0)
+    layers = Twofold(), Joined(), RowGate(), nn.Linear(12, 8), nn.Linear(8, 3)
+    x = torch.rand(4, 12)
+    model = attach(nn.Sequential(*layers).eval(), x, exits=["3"])
+    with torch.no_grad():
+        wanted = model.backbone(x)
+    assert torch.equal(Runner(model, Policy("confidence", [2.0]), x)(x).logits, wanted)
+    model = attach(nn.Sequential(*layers).eval(), x, exits=["0"])
+    with pytest.raises(StageError, match="at children that return one tensor"):
+        Runner(model, Policy("confidence", [2.0]), x)
+
+
+class Attention(nn.Module):
+    """Products of activations, written by letters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.einsum("bqd,bkd->bqk", self.q(x), x).softmax(-1)
+        return torch.einsum("bqk,bkd->bqd", weights, x)
+
+
+def test_einsum_computes_nothing_where_nobody_is_left() -> None:
+    """ONNX Runtime's kernel ends the process there."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), Attention(), nn.Flatten(), nn.Linear(40, 5))
+    x = torch.randn(9, 5, 8)
+    model = attach(net.eval(), x, exits=["0"])
+    staged = cut(model, x)
+    targets = [str(node.target) for stage in staged.stages for node in stage.module.graph.nodes]
+    assert not [target for target in targets if "einsum" in target]
+    with torch.no_grad():
+        wanted = net(x)
+    assert torch.equal(Runner(model, Policy("confidence", [2.0]), x)(x).logits, wanted)
+    runner = Runner(model, Policy("confidence", [2.0]), x, engine="onnxruntime")
+    torch.testing.assert_close(runner(x).logits, wanted, atol=1e-5, rtol=1e-5)
+    assert runner.under(Policy("confidence", [0.0]))(x).exit.tolist() == [0] * 9
+
+
+class Sorted(nn.Module):
+    """Rows in the order of their lengths, and back again, by numbers made before the exit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.tap, self.second = nn.Linear(6, 6), nn.Identity(), nn.Linear(6, 6)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, length: Tensor) -> Tensor:
+        order = length.argsort()
+        back = order.argsort()
+        x = self.tap(self.first(x[order])[back])
+        return self.fc(torch.tanh(self.second(x[order]))[back])
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime"])
+def test_rows_that_are_addressed_by_number_behind_an_exit_are_refused(engine: str) -> None:
+    torch.manual_seed(0)
+    example = {"x": torch.randn(9, 6), "length": torch.arange(9, 0, -1)}
+    model = attach(Sorted().eval(), example, exits=["tap"])
+    with pytest.raises(StageError, match="addresses rows by numbers that were made before it"):
+        Runner(model, Policy("confidence", [0.5]), example, engine=engine)

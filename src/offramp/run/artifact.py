@@ -39,11 +39,11 @@ from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy
 from offramp.errors import ArtifactError, OfframpError, StageError
 from offramp.run.calls import Call
-from offramp.run.chain import Link, Step, chain, check_state
+from offramp.run.chain import Link, Step, chain, check_network, check_state
 from offramp.run.engines import Engine, OnnxEngine, StepCall, engine_of
 from offramp.run.graph import cut
 from offramp.run.onnx import convert, split
-from offramp.run.onnx_rule import connect
+from offramp.run.onnx_rule import cannot_select, connect
 from offramp.run.proof import compare_file
 from offramp.run.rows import RowAxis
 from offramp.run.runner import Runner
@@ -100,6 +100,7 @@ def export(
     """
     target = Path(path)
     _check_replaceable(target)
+    check_network(policy, model)
     if classes is not None and len(classes) != model.num_classes:
         raise ArtifactError(
             f"{len(classes)} class names for a model of {model.num_classes} classes. Name each."
@@ -111,6 +112,8 @@ def export(
         check_state(policy)
     kept = [k for k, runs in enumerate(policy.active(model.num_exits)) if runs or exits == "all"]
     staged = cut(model, example, kept)
+    if staged.selector is not None:
+        raise cannot_select()
     _as_json("What the example has beside tensors", _constants(staged.call))
     steps = chain(staged, policy, model.num_exits)
     facts = _facts(model, staged, steps)

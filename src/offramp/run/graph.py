@@ -14,9 +14,10 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim, ExportedProgram, default_decompositions
 
 from offramp.build.model import MultiExitModel
+from offramp.build.unchanged import without_autocast
 from offramp.errors import DataError, StageError
 from offramp.run.builder import StageBuilder, is_tensor, module_of
 from offramp.run.calls import Call
@@ -26,10 +27,20 @@ from offramp.run.rows import RowAxis, most_rows
 from offramp.run.selection import Selector, countable
 from offramp.run.stages import Stage, StagedModel, oriented
 
-__all__ = ["cut"]
+__all__ = ["cut", "shared_by_rows"]
 
 _aten = torch.ops.aten
 _CONVERTING, _WIDE = {_aten._to_copy, _aten.to}, {torch.int32, torch.int64}
+# What takes no more than a type and a device from another tensor.
+_NO_VALUES = {
+    _aten.new_empty,
+    _aten.new_full,
+    _aten.new_ones,
+    _aten.new_zeros,
+    _aten.to,
+    _aten.type_as,
+}
+_LOOKING_UP = {_aten.embedding, _aten.embedding_bag, _aten._embedding_bag}
 # What moves values about and leaves none of them out.
 _SAME_VALUES = {
     _aten.clone,
@@ -118,21 +129,32 @@ def export(
     size = batch if selector is None else Dim.AUTO
     shapes = (tuple(dict.fromkeys(dims, size) for dims in free),)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), without_autocast(module), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of itself
             try:
                 program: ExportedProgram = torch.export.export(
                     module, tuple(tensors), dynamic_shapes=shapes, strict=False
                 )
-                # Functional; no operator is taken apart.
-                functional: ExportedProgram = program.run_decompositions({})
-                return functional
+                return _functional(program)
             except Exception as error:
                 where = _failing_module(module, tuple(tensors), shapes)
                 raise StageError(_refusal(error, where)) from error
     finally:
         for sub, training in was.items():
             sub.training = training
+
+
+def _functional(program: ExportedProgram) -> ExportedProgram:
+    """Without writing in place; of all operators only einsum is taken apart.
+
+    On zero rows ONNX Runtime's kernel for it divides by their number, which ends the process.
+    """
+    einsum = torch.ops.aten.einsum.default
+    apart = {}
+    if any(node.target is einsum for node in program.graph.nodes):
+        apart[einsum] = default_decompositions()[einsum]
+    functional: ExportedProgram = program.run_decompositions(apart)
+    return functional
 
 
 def _failing_module(module: nn.Module, tensors: tuple[Tensor, ...], shapes: Any) -> str:  # noqa: ANN401
@@ -163,9 +185,50 @@ def _refusal(error: Exception, where: str) -> str:
     return (
         f"torch.export refuses this model{place}: {type(error).__name__}: {reason[:400]} "
         "Make the forward free of branches on tensor values, and of what fixes the batch "
-        "(len(x) in place of x.shape[0] does); or cut by hand: build the backbone as an "
-        "nn.Sequential of traceable parts, and run it with engine='torch'."
+        "(len(x) in place of x.shape[0] does); or cut by hand: build the backbone as a plain "
+        "nn.Sequential, the exits at children that return one tensor, and run it with "
+        "engine='torch'."
     )
+
+
+def shared_by_rows(staged: StagedModel) -> str:
+    """The first operation that makes one value of all rows of a batch, and its module; else ""."""
+    for stage in staged.stages:
+        valued: set[fx.Node] = set()  # what depends on more than sizes
+        nodes = stage.module.graph.nodes if isinstance(stage.module, fx.GraphModule) else ()
+        for node in nodes:
+            size = node.target is _aten.sym_size.int
+            if node.op == "placeholder" or not size and not valued.isdisjoint(node.all_input_nodes):
+                valued.add(node)
+                # Integers that index what a selector takes are of the whole batch, as they should.
+                if _loses_rows(node) and not (staged.selector and _is_integer(node)):
+                    return f"{_maker(node).target} in {module_of(_maker(node))}"
+    return ""
+
+
+def _loses_rows(node: fx.Node) -> bool:
+    """Whether a tensor without a batch is made of the values of one that has it."""
+    maker = _maker(node)
+    if getattr(maker.target, "overloadpacket", None) in _NO_VALUES or _batch_dims(node) != []:
+        return False
+    return any(_batch_dims(source) for source in maker.all_input_nodes)
+
+
+def _maker(node: fx.Node) -> fx.Node:
+    """What computes a node: for a part of a tuple, what makes the tuple."""
+    return node.all_input_nodes[0] if node.target is operator.getitem else node
+
+
+def _batch_dims(node: fx.Node) -> list[int] | None:
+    """Dimensions whose size depends on the samples; ``None`` where a node is no single tensor."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    return [d for d, size in enumerate(value.shape) if symbols_of(size)]
+
+
+def _is_integer(node: fx.Node) -> bool:
+    return not node.meta["val"].is_floating_point()
 
 
 class Cutter:
@@ -318,7 +381,7 @@ class Cutter:
                     wide = kind in _CONVERTING and user.meta["val"].dtype in _WIDE
                     if wide or kind in _SAME_VALUES:
                         pending.append(user)
-                    elif kind is _aten.embedding and user.args[1] is node:
+                    elif kind in _LOOKING_UP and user.args[1] is node:
                         entries = int(user.all_input_nodes[0].meta["val"].shape[0])
                         found[position] = min(entries, found.get(position, entries))
         return found
@@ -374,14 +437,9 @@ class Cutter:
             # takes and returns them all.
             wanted.update(self.inputs)
         order = [n for n in self.program.graph.nodes if n in wanted]
-        if not any(self._batch_dims(n) for n in order):
+        if not any(_batch_dims(n) for n in order):
             order.append(self.inputs[0])  # the number of rows must come from somewhere
         return order
-
-    def _batch_dims(self, node: fx.Node) -> list[int]:
-        """Dimensions whose size depends on the samples."""
-        shape = node.meta["val"].shape
-        return [d for d, size in enumerate(shape) if symbols_of(size)]
 
     def sizes_of(self, node: fx.Node) -> list[tuple[sympy.Symbol, int, int]]:
         """What can be read off a node's shape: (symbol, dimension, multiple)."""
@@ -395,7 +453,7 @@ class Cutter:
         return found
 
     def _row_axis(self, node: fx.Node) -> RowAxis | None:
-        dims = self._batch_dims(node)
+        dims = _batch_dims(node)
         if not dims:
             return None
         shape = node.meta["val"].shape

@@ -61,7 +61,8 @@ def convert(steps: Sequence[Step]) -> onnx.ModelProto:
         batch = Dim(f"batch_{position}", min=1)
         shapes.append(tuple(_dynamic(step.rows.get(name), batch) for name in step.inputs))
     try:
-        with torch.no_grad(), _quiet():
+        # Stages have their own types by now; the caller's autocast would change them again.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), _quiet():
             program = torch.export.export(
                 _Side([step.module for step in steps]).eval(),
                 # One tensor given twice would be traced as one input of both parts.

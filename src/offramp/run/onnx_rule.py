@@ -24,7 +24,7 @@ from offramp.run.rows import RowAxis
 if TYPE_CHECKING:
     from offramp.run.chain import Link
 
-__all__ = ["connect", "join"]
+__all__ = ["cannot_select", "connect", "join"]
 
 _OUTPUTS = ("logits", "prediction", "exit", "score")
 
@@ -80,6 +80,15 @@ def join(model: onnx.ModelProto, steps: Sequence[Link], summed: Sequence[bool]) 
     return _Rule(model, steps, names, file=False).made(summed)
 
 
+def cannot_select() -> StageError:
+    """The error for a model with a ``select`` function, which no single graph can call."""
+    return StageError(
+        "This model takes its samples out of a batch by a select function of Python, which one "
+        "ONNX file cannot call. Run it with Runner(model, policy, example, engine=...): every "
+        "engine executes the stages, and select stays in Python."
+    )
+
+
 def _of_the_first(model: onnx.ModelProto, steps: Sequence[Link]) -> set[str]:
     """What the first step computes: it always has rows. In a file, later steps hang on it."""
     return {name for node in parts_of(model.graph, steps)[0] for name in node.output}
@@ -92,11 +101,7 @@ class _Rule:
         self, model: onnx.ModelProto, steps: Sequence[Link], names: Sequence[str], *, file: bool
     ) -> None:
         if any(axis.of for step in steps for axis in step.rows.values() if axis is not None):
-            raise StageError(
-                "This model takes its samples out of a batch by a select function of Python, which "
-                "one ONNX file cannot call. Run it with Runner(model, policy, example, engine=...):"
-                " every engine executes the stages, and select stays in Python."
-            )
+            raise cannot_select()
         self.source = model
         self.steps = steps
         self.names = names

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from offramp.build.outputs import find_logits
-from offramp.errors import EqualityError
+from offramp.errors import EqualityError, OfframpError, StageError
 from offramp.run.answers import Answer
 from offramp.run.difference import distance, first_difference, first_mixing, only_rounding
 from offramp.run.engines import OnnxRuntime
 from offramp.run.evaluating import PRECISION, evaluating, full_precision
+from offramp.run.graph import shared_by_rows
 
 if TYPE_CHECKING:
     from offramp.build.model import MultiExitModel
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from offramp.run.runner import Runner
     from offramp.run.stages import StagedModel
 
-__all__ = ["TOLERANCE", "compare_file", "prove", "variations"]
+__all__ = ["TOLERANCE", "between_engines", "compare_file", "prove", "variations"]
 
 TOLERANCE = {True: 1e-5, False: 1e-4}  # torch's own operators on the CPU; another engine's
 ROWS_ALONE = 4  # how many rows of the example are also run one by one
@@ -44,16 +47,58 @@ def prove(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
 
     Raises:
         EqualityError: a difference, with its size and the first module in which it appears.
+        StageError: what answers the whole example answers no part of it.
     """
+    allowed = between_engines(model)
     with evaluating(model), torch.no_grad():
         with PRECISION:  # no other thread may change it between what is compared bit by bit
-            _whole(runner, model, staged)
-        with full_precision(wanted=any(not value.is_cpu for value in staged.call.tensors)):
-            rounding = _Rounding(model, staged)
+            _whole(runner, model, staged, allowed)
+        device = any(not value.is_cpu for value in staged.call.tensors)
+        with full_precision(wanted=device), _fewer_rows():
+            rounding = _Rounding(model, staged, allowed)
             _alone(runner, model, staged, rounding)
             _one_by_one(runner, model, staged, rounding)
-    _in_one_call(runner, staged)
-    _as_it_is(model, staged)
+    with _fewer_rows():
+        _in_one_call(runner, staged, allowed)
+    _as_it_is(model, staged, allowed)
+    _warn_of_mixing(staged)
+
+
+def _warn_of_mixing(staged: StagedModel) -> None:
+    """Rows that are mixed on some inputs only, under a condition, are mixed on no example."""
+    shared = shared_by_rows(staged)
+    if shared:
+        warnings.warn(
+            f"{shared} makes one value of all rows of a batch, so that the answer to a row may "
+            "depend on the others, though it does not on the example. Make it for each row, as "
+            "x.mean(1) does in place of x.mean(); where it cancels out, as in x - x.max() before a "
+            "softmax, ignore this.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def between_engines(model: nn.Module) -> float:
+    """What a few roundings come to, in the coarsest type of the model's parameters."""
+    rounded = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
+    return max(TOLERANCE[False], 4 * max(rounded, default=0.0))
+
+
+@contextmanager
+def _fewer_rows() -> Iterator[None]:
+    """Say what it means that rows cannot be computed where all of them together could."""
+    try:
+        yield
+    except (OfframpError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # every engine has its own
+        raise StageError(
+            "Some rows of a batch cannot be computed without the others: "
+            f"{type(error).__name__}: {str(error)[:300]}. A part of the network behind an exit "
+            "addresses rows by numbers that were made before it (an order of the rows, say), and "
+            "has fewer rows when some have left. Make these numbers anew behind the exit, or place "
+            "the exits elsewhere."
+        ) from error
 
 
 def _of(model: nn.Module, staged: StagedModel, tensors: Sequence[Tensor]) -> Any:  # noqa: ANN401
@@ -70,26 +115,27 @@ def _tolerance(runner: Runner, tensors: Sequence[Tensor]) -> float:
 class _Rounding:
     """Whether differences between a row in a batch and alone are of rounding only."""
 
-    def __init__(self, model: MultiExitModel, staged: StagedModel) -> None:
+    def __init__(self, model: MultiExitModel, staged: StagedModel, allowed: float) -> None:
+        self.allowed = allowed  # between engines
         self._model, self._staged = model, staged
         self._shown: dict[int, bool] = {}
 
     def explains(self, far: float, row: int) -> bool:
         """For a difference that is more than is usual, but no more than between engines."""
-        if not far <= TOLERANCE[False]:
+        if not far <= self.allowed:
             return False
         if row not in self._shown:
             self._shown[row] = only_rounding(self._model, self._staged, row)
         return self._shown[row]
 
 
-def _whole(runner: Runner, model: MultiExitModel, staged: StagedModel) -> None:
+def _whole(runner: Runner, model: MultiExitModel, staged: StagedModel, allowed: float) -> None:
     wanted = _of(model, staged, staged.call.tensors)
     got = _logits(runner, staged.call.tensors)
     for exit, logits in zip(staged.exits, got, strict=True):
         same = runner.engine.exact and torch.equal(torch.as_tensor(logits), wanted[exit].float())
         far = distance(logits, wanted[exit])
-        if same or (not runner.engine.exact and far <= TOLERANCE[False]):
+        if same or (not runner.engine.exact and far <= allowed):
             continue
         raise EqualityError(
             f"Exit {exit} of the staged model differs from the whole model by {far:.2g} (relative) "
@@ -151,20 +197,22 @@ def _one_by_one(
         own = _of(model, staged, single)
         alone = _logits(runner, single)
         for exit, batch, by_itself in zip(staged.exits, whole, alone, strict=True):
-            for other in (by_itself, own[exit]):
+            # The model is of another engine, where this one does not compute the same bits.
+            own_limit = tolerance if runner.engine.exact else rounding.allowed
+            for other, limit in ((by_itself, tolerance), (own[exit], own_limit)):
                 here = batch[row : row + 1]
                 far = distance(here, other) if other.shape == here.shape else math.inf
-                if not (far <= tolerance or rounding.explains(far, int(row))):
+                if not (far <= limit or rounding.explains(far, int(row))):
                     raise EqualityError(
                         f"Row {row} of the example has other logits at exit {exit} in a batch than "
-                        f"alone: they differ by {far:.2g} (relative, {tolerance:g} allowed)"
+                        f"alone: they differ by {far:.2g} (relative, {limit:g} allowed)"
                         f"{first_mixing(model, staged, int(row), tolerance)}. Something mixes the "
                         "rows of a batch, or a branch in a forward depends on how many there are, "
                         "so per-sample exits would change its answers."
                     )
 
 
-def _in_one_call(runner: Runner, staged: StagedModel) -> None:
+def _in_one_call(runner: Runner, staged: StagedModel, allowed: float) -> None:
     """All stages in one call, where the engine has that, beside one after the other."""
     if runner._whole is None:
         return
@@ -182,23 +230,23 @@ def _in_one_call(runner: Runner, staged: StagedModel) -> None:
         thresholds = [*limits, -math.inf]
         links = [replace(k, threshold=t) for k, t in zip(runner._links, thresholds, strict=True)]
         other, whole = runner._with(links), runner._whole.under(links)
-        near = [(s - t).abs() <= TOLERANCE[False] for s, t in zip(scores, limits, strict=False)]
+        near = [(s - t).abs() <= allowed for s, t in zip(scores, limits, strict=False)]
         clear = ~torch.stack(near).any(0).numpy() if near else np.ones(staged.samples, bool)
         wanted = other._execute(inputs, other._leaving)
-        _alike(runner, whole(inputs), wanted, clear)
+        _alike(runner, whole(inputs), wanted, clear, allowed)
         if clear[0]:
             first = [value[:1] for value in inputs]
             exit, found = whole.single(first)
             wanted = other._execute(first, other._leaving)
             if found is not None:
                 got = Answer(runner.engine, np.array([exit]), found.logits, found.score)
-                _alike(runner, got, wanted, clear[:1])
+                _alike(runner, got, wanted, clear[:1], allowed)
 
 
-def _alike(runner: Runner, got: Answer, wanted: Answer, clear: np.ndarray) -> None:
+def _alike(runner: Runner, got: Answer, wanted: Answer, clear: np.ndarray, allowed: float) -> None:
     """Refuse a call that gives clear rows (B,) bool other answers than stage by stage."""
     far = distance(got.logits[clear], wanted.logits[clear]) if clear.any() else 0.0
-    if not far <= TOLERANCE[False] or (got.exit != wanted.exit)[clear].any():
+    if not far <= allowed or (got.exit != wanted.exit)[clear].any():
         raise EqualityError(
             f"All stages in one call of {runner.engine.name} answer otherwise than one after "
             f"the other: logits differ by {far:.2g} (relative) on the example. An operator "
@@ -206,7 +254,7 @@ def _alike(runner: Runner, got: Answer, wanted: Answer, clear: np.ndarray) -> No
         )
 
 
-def _as_it_is(model: MultiExitModel, staged: StagedModel) -> None:
+def _as_it_is(model: MultiExitModel, staged: StagedModel, allowed: float) -> None:
     """The backbone with the fused kernels that are off meanwhile, which a user calls."""
     fused = (nn.TransformerEncoder, nn.TransformerEncoderLayer, nn.MultiheadAttention)
     if not any(isinstance(module, fused) for module in model.backbone.modules()):
@@ -216,7 +264,7 @@ def _as_it_is(model: MultiExitModel, staged: StagedModel) -> None:
     with evaluating(model, fused=True), torch.no_grad():
         own = find_logits(_of(model.backbone, staged, staged.call.tensors), model._logits)
     far = distance(plain, own)
-    if not far <= TOLERANCE[False]:
+    if not far <= allowed:
         raise EqualityError(
             f"The backbone's logits differ by {far:.2g} (relative) between PyTorch's fused "
             "transformer kernels and the plain operators, which stages consist of. With a padding "
@@ -249,14 +297,16 @@ def compare_file(
     """Compare an ONNX file with the eager model on over 1,000 rows.
 
     Returns:
-        What was compared: rows, batches, mixes, and the largest relative difference of the logits.
+        What was compared: rows, batches, mixes, the largest relative difference of the logits, and
+        what was allowed.
 
     Raises:
         EqualityError: a class, an exit or logits differ.
+        StageError: the file answers a whole batch, but not what is left of one.
     """
     session = OnnxRuntime().session(file)
-    rows = variations(staged.call.tensors, DISTINCT)
-    trace = _eager(model, staged, rows)
+    rows, trace = _compared(model, staged)
+    allowed = between_engines(model)
     count = len(staged.exits) - 1
     scored = _scored(policy, staged.exits, trace)
     own = [policy.thresholds_for(model.num_exits)[k] for k in staged.exits[:-1]]
@@ -268,7 +318,7 @@ def compare_file(
     }
     worst, compared = 0.0, 0
     for mix, thresholds in mixes.items():
-        wanted = _decide(scored, staged.exits, thresholds)
+        wanted = _decide(scored, staged.exits, thresholds, allowed)
         given = np.array(thresholds, np.float32)
         start = 0
         for turn in itertools.count():
@@ -277,16 +327,36 @@ def compare_file(
                 break
             here = slice(start, start + size)
             feed = [value[here].cpu().numpy() for value in rows]
-            got = session([*feed, given] if count else feed)
-            worst = max(worst, _same(got, [w[here] for w in wanted], mix, size))
+            with _fewer_rows():
+                got = session([*feed, given] if count else feed)
+            worst = max(worst, _same(got, [w[here] for w in wanted], mix, size, allowed))
             start, compared = start + size, compared + size
+    _warn_of_mixing(staged)
     return {
         "rows": compared,
         "batches": list(BATCHES),
         "mixes": list(mixes),
         "largest_relative_difference": worst,
-        "tolerance": TOLERANCE[False],
+        "tolerance": allowed,
     }
+
+
+def _compared(model: MultiExitModel, staged: StagedModel) -> tuple[list[Tensor], list[Tensor]]:
+    """Rows to compare, and the model's logits for them at each kept exit.
+
+    Where the model has no finite answer to a new row (one without anything that a mask leaves, say)
+    one of the example takes its place.
+    """
+    tensors = staged.call.tensors
+    rows = variations(tensors, DISTINCT)
+    trace = _eager(model, staged, rows)
+    finite = torch.stack([logits.isfinite().all(-1) for logits in trace]).all(0)
+    if finite.all():
+        return rows, trace
+    bad = (~finite).nonzero()[:, 0]
+    for value, tensor in zip(rows, tensors, strict=True):
+        value[bad] = tensor[bad % len(tensor)]
+    return rows, _eager(model, staged, rows)
 
 
 def variations(tensors: Sequence[Tensor], rows: int, seed: int = 0) -> list[Tensor]:
@@ -362,7 +432,10 @@ def _between(score: Tensor) -> float:
 
 
 def _decide(
-    scored: list[tuple[Tensor, Tensor]], exits: Sequence[int], thresholds: Sequence[float]
+    scored: list[tuple[Tensor, Tensor]],
+    exits: Sequence[int],
+    thresholds: Sequence[float],
+    allowed: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Logits, exit and score of each row; and whether some score lies too close to call."""
     logits, score = (value.clone() for value in scored[-1])
@@ -373,12 +446,14 @@ def _decide(
         leaves = value >= threshold
         logits[leaves], score[leaves], exit[leaves] = own[leaves], value[leaves], number
         if math.isfinite(threshold):
-            near = (value - threshold).abs() <= TOLERANCE[False] * max(1.0, abs(threshold))
+            near = (value - threshold).abs() <= allowed * max(1.0, abs(threshold))
             close |= near & (value != value.round())  # counts are exact on every engine
     return logits.numpy(), exit.numpy(), score.numpy(), close.numpy()
 
 
-def _same(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray], mix: str, size: int) -> float:
+def _same(
+    got: Sequence[np.ndarray], wanted: Sequence[np.ndarray], mix: str, size: int, allowed: float
+) -> float:
     """The largest relative difference of the logits; raises where answers differ."""
     logits, prediction, exit, _ = got
     own, taken, _, close = wanted
@@ -389,7 +464,7 @@ def _same(got: Sequence[np.ndarray], wanted: Sequence[np.ndarray], mix: str, siz
     elif (prediction != logits.argmax(-1)).any():
         what = "predicts other classes than the logits of"
     far = distance(logits[clear], own[clear]) if clear.any() else 0.0
-    if what is None and not far <= TOLERANCE[False]:
+    if what is None and not far <= allowed:
         what = f"gives logits that are {far:.2g} (relative) from those of"
     if what is not None:
         raise EqualityError(

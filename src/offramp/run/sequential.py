@@ -8,7 +8,9 @@ row's answer does not depend on the others, which the proof checks as it does fo
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -60,20 +62,24 @@ def cut_by_hand(model: MultiExitModel, example: object, exits: Sequence[int]) ->
     """The stages of a sequential model, or ``None`` where it is not one.
 
     Args:
-        model: its backbone must be an ``nn.Sequential`` of one tensor input, its exits at children.
+        model: its backbone must be a plain ``nn.Sequential`` of one tensor input, its exits at
+            children that return one tensor.
         example: one input batch.
         exits: the exits to keep, by number, the final one not counted.
     """
     backbone, call = model.backbone, Call.of(example)
-    if not isinstance(backbone, nn.Sequential) or len(call.leaves) != 1:
+    if not _plain(backbone) or len(call.leaves) != 1:
         return None
     names = list(backbone._modules)  # named_children leaves out what comes twice
     places = [model.places[k] for k in exits]
     if any(place not in names for place in places) or any(model._asked[k] for k in exits):
         return None
+    ends = [names.index(place) + 1 for place in places]
     parts, stages, begin, reads = [_own(part) for part in backbone], [], 0, "input"
-    for k, place in zip(exits, places, strict=True):
-        end = names.index(place) + 1
+    sizes = _sizes(parts, call.tensors[0])
+    if any(sizes[end] is None for end in ends):
+        return None
+    for k, place, end in zip(exits, places, ends, strict=True):
         piece = _Piece(parts[begin:end], _own(model.heads[k]))
         stages.append(Stage(k, piece, (reads,), (f"after_{place}",)))
         begin, reads = end, f"after_{place}"
@@ -81,8 +87,16 @@ def cut_by_hand(model: MultiExitModel, example: object, exits: Sequence[int]) ->
     rows: dict[str, RowAxis | None] = dict.fromkeys(
         [s.inputs[0] for s in (*stages, last)], RowAxis()
     )
-    size = _row_bytes(parts, call.tensors[0])
+    size = max((a or 0.0) + (b or 0.0) for a, b in itertools.pairwise(sizes))
     return StagedModel((*stages, last), rows, ("input",), call, size)
+
+
+def _plain(backbone: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether a module runs its children in turn and does nothing else."""
+    if not isinstance(backbone, nn.Sequential):
+        return False
+    own = type(backbone).forward is not nn.Sequential.forward or "forward" in vars(backbone)
+    return not (own or backbone._forward_pre_hooks or backbone._forward_hooks)
 
 
 def _own(module: nn.Module) -> nn.Module:
@@ -91,15 +105,14 @@ def _own(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, shared).eval()
 
 
-def _row_bytes(parts: Sequence[nn.Module], x: Tensor) -> float:
-    """Bytes of the largest value between two parts and the one before it, for one sample."""
-    sizes, x = [0.0], x.clone()
+def _sizes(parts: Sequence[nn.Module], x: Tensor) -> list[float | None]:
+    """Bytes for one sample of the input and behind each part; ``None`` where it is no tensor."""
+    samples, sizes, value = len(x), [], x.clone()
     with torch.no_grad():
         for part in (nn.Identity(), *parts):
-            x = part(x)
-            if isinstance(x, Tensor):
-                sizes.append(x.element_size() * x.numel() / len(x))
-    return max(a + b for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+            value = part(value)
+            sizes.append(value.nbytes / samples if isinstance(value, Tensor) else None)
+    return sizes
 
 
 def cut_for(
