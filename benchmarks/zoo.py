@@ -51,7 +51,7 @@ EPOCHS = {
     "sdn-vgg16": 8,
     "sdn-resnet56": 8,
     "sdn-mobilenet": 8,
-    "msdnet": 8,
+    "msdnet": 5,
 }
 SYSTEMS = (*EPOCHS, "recipes")
 DROP = {name: 0.015 for name in EPOCHS if name.startswith("b-resnet110")}
