@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -18,6 +19,7 @@ from offramp.cli.deploy import class_names
 from offramp.cli.factories import backbone_of
 from offramp.cli.saved import load_model
 from offramp.decide.policy import Policy
+from offramp.decide.record import record
 from offramp.decide.trace import Trace
 from offramp.demo import QUICK, digits
 from offramp.demo import run as run_demo
@@ -152,7 +154,7 @@ def test_export_writes_what_it_says(fitted, artifact, tmp_path, capsys):
     )  # fmt: skip
     assert said["classes"] == list("abcd")
     assert said["preprocessing"] == told
-    assert set(said["sha256"]) == {"model.onnx", "policy.json"}
+    assert set(said["sha256"]) == {"model.onnx", "policy.json", "training.safetensors"}
     assert said["proof"]["rows"] >= 1000
     assert call(capsys, "verify", tmp_path / "net") == said
     model, x = load_model(fitted)[0], example_of("mlp", 32, seed=3)
@@ -512,6 +514,16 @@ def test_the_demo_writes_all_it_promises(demo):
     assert any("training" in line for line in said)
 
 
+def test_the_demo_leaves_a_model(demo):
+    out, _, _ = demo
+    model, example = load_model(out)
+    assert example.shape == (2, 1, 32, 32)
+    again = record(model, DataLoader(digits().test, batch_size=128), progress=False)
+    assert again.fingerprint == Trace.load(out / "trace.safetensors").fingerprint
+    data = DataLoader(digits().train, batch_size=128)
+    assert record(model, data, progress=False).source == "training"
+
+
 def test_the_demo_shows_time_beside_cost(demo):
     _, report, _ = demo
     assert "ms, batch 1" in str(report)
@@ -551,6 +563,7 @@ def never():
             "leave out --exits, or --plan",
         ),
         (["inspect", "./mynets.py:make"], "./mynets.py:make"),
+        (["zoo", "run", "b-lenet", "--data=x", "--encoder=y"], "leave out --encoder"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(capsys, arguments, text):
@@ -615,12 +628,48 @@ def test_data_that_the_network_does_not_take_are_named(fitted, tmp_path, capsys)
         assert "fails with RuntimeError: mat1 and mat2 shapes cannot be multiplied" in message
 
 
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
 @pytest.mark.parametrize("command", ["demo", "evaluate", "plan", "fit", "zoo run"])
-def test_a_negative_seed_is_refused_before_the_work(command, capsys):
+def test_a_seed_that_is_none_is_refused_before_the_work(command, seed, capsys):
     with pytest.raises(SystemExit) as ended:
-        main([*command.split(), "--seed", "-1"])
+        main([*command.split(), "--seed", seed])
     assert ended.value.code == 2
     assert "Invalid value for '--seed'" in capsys.readouterr().err
+
+
+def test_the_largest_seed_will_do(tmp_path, capsys):
+    words = ["--data", f"{HERE}:train", "--out", tmp_path, "--epochs", 1, "--exits", 1]
+    call(capsys, "fit", f"{HERE}:network", *words, "--seed", 2**63 - 1)
+    digits(seed=2**63 - 1)
+
+
+def test_levels_below_none_are_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", f"{HERE}:network", "--depth", "-1"])
+    assert ended.value.code == 2
+    assert "Invalid value for '--depth'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [0, -1, "nan"])
+def test_no_time_to_measure_in_is_refused(artifact, seconds, capsys):
+    assert "expected a time above 0" in refused(capsys, "bench", artifact, f"--seconds={seconds}")
+
+
+def test_a_step_may_be_clipped(tmp_path, capsys):
+    words = ["--data", f"{HERE}:train", "--epochs", 1, "--exits", 1]
+    for name, clip in (("free", []), ("clipped", ["--clip", 1e-6])):
+        call(capsys, "fit", f"{HERE}:network", *words, *clip, "--out", tmp_path / name)
+    free, clipped = (load_file(tmp_path / n / "model.safetensors") for n in ("free", "clipped"))
+    assert any(not torch.equal(free[name], value) for name, value in clipped.items())
+
+
+def test_messages_name_options_and_not_arguments(fitted, tmp_path, capsys):
+    Policy("confidence", [math.inf, 0.5]).save(tmp_path / "policy.json")
+    call(capsys, "export", fitted, tmp_path / "policy.json", "--out", tmp_path / "net")
+    data = f"--data={HERE}:held_out"
+    message = refused(capsys, "record", tmp_path / "net", data, f"--out={tmp_path / 't'}")
+    assert "`offramp export --all-exits`" in message
+    assert "exits='all'" not in message
 
 
 @pytest.mark.parametrize("name", [".", "there"])

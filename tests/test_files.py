@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from offramp.files import replaced
 
@@ -53,3 +57,16 @@ def test_two_writers_do_not_meet(tmp_path: Path) -> None:
             two.write_text("two", "utf-8")
         assert path.read_text("utf-8") == "two"
     assert path.read_text("utf-8") == "one"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_whoever_may_read_new_files_may_read_it(tmp_path: Path, mask: int) -> None:
+    """Also where what writes it would keep it to its owner."""
+    before = os.umask(mask)
+    try:
+        with replaced(tmp_path / "tensors") as part:
+            assert not part.exists()
+            save_file({"x": torch.zeros(2)}, part)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "tensors").stat().st_mode) == 0o666 & ~mask

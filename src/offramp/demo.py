@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
@@ -36,7 +35,9 @@ from offramp.run.engines import OnnxRuntime
 from offramp.run.runner import Runner
 from offramp.run.timing import compare
 from offramp.train.loop import fit
+from offramp.zoo.kept import KIND, write
 from offramp.zoo.resnet import cifar_resnet
+from offramp.zoo.restoring import RESNET
 
 __all__ = ["QUICK", "Digits", "Settings", "digits", "run"]
 
@@ -113,8 +114,8 @@ def run(
     """Do the main job and write everything under ``out``.
 
     Args:
-        out: folder for ``report.json``, ``report.html``, ``frontier.png``, ``model.safetensors``,
-            ``policy.json`` and the traces.
+        out: folder for ``report.json``, ``report.html``, ``frontier.png``, ``model.json``,
+            ``model.safetensors``, ``policy.json`` and the traces.
         seed: of the split, the weights and the training.
         settings: what to do; by default what the documents report.
         progress: show progress bars.
@@ -128,8 +129,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     data = digits(seed)
     model = _trained(data.train, todo, seed, progress, say)
-    with replaced(out / "model.safetensors") as part:
-        save_file({name: value.contiguous() for name, value in model.state_dict().items()}, part)
+    _keep(model, data.calibration, todo, out)
 
     say("recording what every exit says on samples that training never saw")
     calibration = record(model, _batches(data.calibration), source="calibration", progress=False)
@@ -161,7 +161,7 @@ def _trained(
 ) -> MultiExitModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        backbone = cifar_resnet(todo.depth, in_channels=1, width=todo.width)
+        backbone = cifar_resnet(**_network(todo))
         model = attach(backbone, data.tensors[0][:2], exits=3)
     places = ", ".join(model.places)
     say(f"training a residual network of {todo.depth} layers with exits after {places}")
@@ -177,6 +177,22 @@ def _trained(
             progress=progress,
         )
     return model
+
+
+def _network(todo: Settings) -> dict[str, int]:
+    return {"depth": todo.depth, "in_channels": 1, "width": todo.width}
+
+
+def _keep(model: MultiExitModel, calibration: TensorDataset, todo: Settings, out: Path) -> None:
+    """Write the model, so that every command takes the folder for one."""
+    about = {
+        "kind": KIND,
+        "system": RESNET,
+        "classes": model.num_classes,
+        "network": _network(todo),
+        "places": list(model.places),
+    }
+    write(model, out, about, calibration.tensors[0][:2])
 
 
 @contextmanager

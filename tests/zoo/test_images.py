@@ -17,7 +17,7 @@ from offramp.build.batch import fingerprints, unpack
 from offramp.cli.app import main
 from offramp.errors import DataError, TrainingError
 from offramp.zoo.images import Batches, Images, open_images, read_idx, read_tar
-from offramp.zoo.running import judge, train
+from offramp.zoo.running import judge, run, train
 from offramp.zoo.systems import SYSTEMS, system
 from offramp.zoo.text import TEXT
 from tests.traces import make_trace
@@ -149,6 +149,43 @@ def test_images_are_mirrored_without_being_shifted():
     assert {tuple(row.tolist()) for row in moved[:, 0, 0]} == {
         tuple(range(8)), tuple(reversed(range(8))),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("drop", [5.0, -0.1, float("nan")])
+def test_a_drop_that_is_none_is_refused_before_the_training(tmp_path, drop):
+    with pytest.raises(DataError, match=r"max_accuracy_drop=.*: expected a share of the samples"):
+        run(system("b-lenet"), tmp_path / "nothing", tmp_path, max_accuracy_drop=drop)
+
+
+def test_no_policy_is_kept_without_its_report(tmp_path, monkeypatch):
+    def fails(*given, **settings):
+        raise KeyboardInterrupt
+
+    write_mnist(tmp_path)
+    monkeypatch.setattr("offramp.zoo.running.evaluate", fails)
+    settings = {"epochs": 1, "max_accuracy_drop": 1.0, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        run(system("b-lenet"), tmp_path, tmp_path / "out", **settings)
+    assert (tmp_path / "out" / "model.json").is_file()
+    assert not (tmp_path / "out" / "policy.json").exists()
+
+
+def test_a_class_that_training_lacks_is_refused(tmp_path):
+    write_mnist(tmp_path)
+    labels = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    labels.write_bytes(gzip.compress(idx(np.full(12, 10))))
+    with pytest.raises(
+        DataError, match=r"t10k-images.*\.gz has the classes \[10\], which no sample"
+    ):
+        open_images("mnist", tmp_path)
+
+
+def test_a_class_that_is_all_drawn_for_calibration_is_refused(tmp_path):
+    write_mnist(tmp_path)
+    with pytest.raises(
+        DataError, match=r"train-images.*drawn for calibration by the seed 0, 36 of"
+    ):
+        open_images("mnist", tmp_path, held_out=0.9)
 
 
 def test_names_that_are_not_known():

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 import offramp
 from offramp.decide.trace import Trace
-from offramp.errors import DataError, PlaceError, TraceError
+from offramp.errors import DataError, HeadError, PlaceError, TraceError
 from offramp.train.weights import exit_weights
+from offramp.zoo.resnet import cifar_resnet
 from offramp.zoo.shallow_deep import (
     SHARES,
     InternalClassifier,
@@ -217,3 +218,14 @@ def test_what_is_no_network_is_refused():
         mobilenet(0)
     with pytest.raises(PlaceError, match="6 exits were asked for"):
         shallow_deep(WideResNet(8, 1, 4, 4))
+
+
+def test_grey_images_and_networks_that_it_does_not_take():
+    grey = cifar_resnet(20, 4, in_channels=1, width=4)
+    model = shallow_deep(grey, channels=1).eval()
+    assert [tuple(z.shape) for z in model(torch.randn(3, 1, 32, 32))] == [(3, 4)] * 7
+    with pytest.raises(DataError, match=r"images \(2, 3, 32, 32\) with RuntimeError: .* channels="):
+        shallow_deep(grey)
+    layers = [nn.Linear(192, 192) for _ in range(10)]
+    with pytest.raises(HeadError, match=r"yields \(2, 192\); an internal classifier reads square"):
+        shallow_deep(nn.Sequential(nn.Flatten(), *layers, nn.Linear(192, 4)), size=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from offramp.decide.policy import replay
 from offramp.errors import DataError, PlaceError, TrainingError
 from offramp.run.artifact import export, load
 from offramp.run.runner import Runner
+from offramp.zoo.restoring import restore
 from offramp.zoo.running import note
 from offramp.zoo.text import (
     TEXT,
@@ -202,8 +204,10 @@ def test_a_system_is_run_from_files(
         return offramp.evaluate(*given, **settings)
 
     monkeypatch.setattr("offramp.zoo.running.evaluate", judged)
+    capsys.readouterr()  # what saving the encoder showed
     assert run_main(words) == 0
-    first = capsys.readouterr().out
+    first, noise = capsys.readouterr()
+    assert noise == ""
     assert (out / "policy.json").is_file()
     assert (out / "report.json").read_text("utf-8") == first
     assert tolerances == [0.5]  # the verdict accepts the drop that was asked for
@@ -219,6 +223,61 @@ def test_a_system_is_run_from_files(
     words[2] = other  # another training in the same folder
     assert run_main(words) != 0
     assert "training" in capsys.readouterr().err
+
+
+def test_what_was_run_is_made_again_without_the_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offramp.zoo.text.running.LENGTH", 16)
+    data, network, out = written(tmp_path / "data"), saved(tmp_path / "bert"), tmp_path / "out"
+    settings: dict[str, Any] = {"epochs": 1, "max_accuracy_drop": 0.5, "progress": False}
+    made = run_text(TEXT["pabee"], data, network, out, **settings)
+    parts = open_sentences(data, network)
+    shutil.rmtree(network)
+    model, example = restore(out)
+    assert set(example) == {"input_ids", "attention_mask"}
+    with torch.no_grad():
+        for ours, wanted in zip(model(**example), made.model(**example), strict=True):
+            assert torch.equal(ours, wanted)
+    trained = offramp.record(model, replace(parts["train"], shuffled=False), progress=False)
+    assert trained.source == "training"
+    assert offramp.record(model, parts["test"], progress=False).fingerprint == made.test.fingerprint
+    (out / "config.json").write_text("{}", "utf-8")
+    with pytest.raises(DataError, match="out holds no encoder"):
+        restore(out)
+
+
+def test_layers_that_share_their_weights_are_calls_of_one_module() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AlbertConfig(
+        vocab_size=len(WORDS),
+        embedding_size=8,
+        hidden_size=16,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+    )
+    torch.manual_seed(0)
+    shared = transformers.AlbertForSequenceClassification(config).eval()
+    part = first(sentences(4, 0))
+    model = attach_to_layers(shared, part)
+    group = "albert.encoder.albert_layer_groups.0"
+    assert model.places == (f"{group}@0", f"{group}@1")
+    hidden = shared(**part, output_hidden_states=True).hidden_states
+    for feature, wanted in zip(model.features(**part)[0], hidden[1:], strict=False):
+        torch.testing.assert_close(feature, wanted)
+    with pytest.raises(PlaceError, match="Linear has no list of layers"):
+        attach_to_layers(nn.Linear(2, 2), {"input": torch.zeros(2, 2)})
+
+
+def test_a_label_that_training_lacks_is_refused(tmp_path: Path) -> None:
+    data, network = written(tmp_path / "data"), saved(tmp_path / "bert")
+    (data / "films_test.tsv").write_text("good film\t1\nbad\t2\n", "utf-8")
+    with pytest.raises(
+        DataError, match=r"films_test\.tsv has the classes \[2\], which no sample of"
+    ):
+        open_sentences(data, network)
 
 
 def test_a_training_is_not_taken_for_one_on_other_sentences_or_weights(

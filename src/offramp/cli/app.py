@@ -47,7 +47,17 @@ Exits = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of everything that is drawn at random.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Of everything that is drawn at random.")
+]
+
+# What messages of the library call arguments in Python, and what stands for them here.
+_HERE = {
+    "exits='all'": "`offramp export --all-exits`",
+    "resume=False": "an emptied one",
+    "a smaller lr=": "a smaller `offramp fit --lr`",
+    "clip=1.0": "`offramp fit --clip 1.0`",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(None if arguments is None else list(arguments))
     except (OfframpError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+        text = f"error: {error}"
+        for argument, option in _HERE.items():
+            text = text.replace(argument, option)
+        Console(stderr=True, soft_wrap=True).print(text, style="red", markup=False)
         sys.exit(1)
 
 
@@ -91,7 +104,7 @@ def inspect(
     exits: Exits = "3",
     cost: Annotated[str, typer.Option(help="macs, params or latency.")] = "macs",
     depth: Annotated[
-        int | None, typer.Option(help="Levels to show; else down to the candidates.")
+        int | None, typer.Option(min=0, help="Levels to show; else down to the candidates.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -186,6 +199,9 @@ def fit(
     ] = ("joint"),
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 10,
     rate: Annotated[float | None, typer.Option("--lr", help="Learning rate.")] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="The largest norm that a step's gradient may have.")
+    ] = None,
     cascade: Annotated[
         bool, typer.Option("--cascade", help="Exits also see the logits of the one before.")
     ] = False,
@@ -217,6 +233,7 @@ def fit(
             scheme=scheme,
             epochs=epochs,
             lr=rate,
+            clip=clip,
             seed=seed,
             progress=not as_json,
         )
@@ -229,7 +246,7 @@ def fit(
 @app.command()
 def record(
     model: Annotated[
-        Path, typer.Argument(help="Folder that `offramp fit` wrote, or `offramp export`.")
+        Path, typer.Argument(help="Folder that `fit`, `zoo run`, `demo` or `export` wrote.")
     ],
     data: Annotated[str, typer.Option(help="module:factory of the loader.")],
     out: Annotated[Path, typer.Option(help="The trace, a .safetensors file.")],
@@ -320,7 +337,7 @@ def evaluate(
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(help="Folder that `offramp fit` wrote.")],
+    model: Annotated[Path, typer.Argument(help="Folder that `fit`, `zoo run` or `demo` wrote.")],
     policy: Annotated[Path, typer.Argument(help="The policy, a .json file.")],
     out: Annotated[Path, typer.Option(help="The artifact, a folder.")],
     classes: Annotated[
@@ -430,13 +447,15 @@ def zoo_run(
 ) -> None:
     """Train a system, choose its thresholds, judge it; interrupted, the same command goes on."""
     from offramp.zoo.running import run as make
-    from offramp.zoo.systems import system
+    from offramp.zoo.systems import SYSTEMS, system
     from offramp.zoo.text import TEXT, run_text
 
     as_json = as_json or bool(context.obj)
     folder = Path("runs/zoo") / name if out is None else out
     run: Callable[..., Any]
     if name not in TEXT:
+        if encoder is not None and name in SYSTEMS:
+            raise DataError(f"{name!r} reads images and has no encoder; leave out --encoder.")
         run = partial(make, system(name, also=TEXT), data)
     elif encoder is None:
         raise DataError(

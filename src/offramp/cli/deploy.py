@@ -203,8 +203,11 @@ def bench(
 
     Raises:
         ArtifactError: it does not load.
-        DataError: the loader yields nothing, or what the artifact does not take.
+        DataError: the loader yields nothing, or what the artifact does not take; or there is no
+            time to measure in.
     """
+    if not seconds > 0:
+        raise DataError(f"--seconds {seconds}: expected a time above 0 to measure in.")
     executes = engine_with(engine, threads)
     runner = load(path, executes)
     mixes = _mixes(runner)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from offramp.errors import DataError, unknown_name
 
-__all__ = ["DATA", "Batches", "Images", "open_images", "read_idx", "read_tar"]
+__all__ = ["DATA", "Batches", "Images", "open_images", "read_idx", "read_tar", "refuse_new_classes"]
 
 # What a recipe names, and the files that hold it. They lie in --data or a folder in it.
 DATA = {
@@ -46,10 +46,17 @@ class Images:
 
     def normalise(self, images: Tensor) -> Tensor:
         """(N, C, H, W) uint8 -> float, by mean and deviation of the training images' channels."""
+        mean, deviation = self._moments()
+        return (images.float() / 255 - mean.view(-1, 1, 1)) / deviation.view(-1, 1, 1)
+
+    def preprocessing(self) -> dict[str, list[float]]:
+        """What :meth:`normalise` does to images of 0 to 1, for whoever serves the model."""
+        mean, deviation = self._moments()
+        return {"mean": mean.tolist(), "std": deviation.tolist()}
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
         seen = self.train[0][:10_000].double() / 255
-        mean = seen.mean((0, 2, 3)).float().view(-1, 1, 1)
-        deviation = seen.std((0, 2, 3)).float().view(-1, 1, 1)
-        return (images.float() / 255 - mean) / deviation
+        return seen.mean((0, 2, 3)).float(), seen.std((0, 2, 3)).float()
 
 
 class Batches:
@@ -110,17 +117,47 @@ def open_images(name: str, folder: Path, *, held_out: float = 0.1, seed: int = 0
         seed: of the draw of these.
 
     Raises:
-        DataError: an unknown name, or files that are not there or damaged.
+        DataError: an unknown name, files that are not there or damaged, or a class with no image
+            to train on.
     """
     if name not in DATA:
         raise DataError(unknown_name("data", name, sorted(DATA)))
     paths = [_found(folder, file) for file in DATA[name]]
     parts = [_idx_pair(path) for path in paths] if len(paths) == 2 else read_tar(paths[0])
     (images, labels), test = parts
+    refuse_new_classes(test[1], paths[-1], labels, paths[0])
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     kept = max(1, round(held_out * len(images)))
     first, rest = order[:kept], order[kept:]
+    lost = sorted(set(labels.tolist()) - set(labels[rest].tolist()))
+    if lost:
+        raise DataError(
+            f"{paths[0]}: all images of the classes {lost[:3]} are drawn for calibration by the "
+            f"seed {seed}, {kept} of {len(images)} images, and none is left to train on. Expected "
+            "some of each class; pass another seed, or add images of these classes."
+        )
     return Images((images[rest], labels[rest]), (images[first], labels[first]), test)
+
+
+def refuse_new_classes(found: Tensor, path: Path, known: Tensor, training: Path) -> None:
+    """Refuse classes that training does not have, before it takes its time.
+
+    Args:
+        found: (N,) labels that are recorded later.
+        path: the file that they belong to.
+        known: (M,) labels to train on.
+        training: the file that those belong to.
+
+    Raises:
+        DataError: there is a class among ``found`` alone.
+    """
+    new = sorted(set(found.tolist()) - set(known.tolist()))
+    if new:
+        raise DataError(
+            f"{path} has the classes {new[:3]}, which no sample of {training} has. Expected the "
+            f"classes of that, {len(known.unique())} of them; leave out the others, or add samples "
+            "to train on."
+        )
 
 
 def read_idx(path: Path) -> Tensor:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.analyse.report import Report, evaluate
@@ -19,7 +18,7 @@ from offramp.build.model import MultiExitModel
 from offramp.decide.policy import Policy
 from offramp.decide.record import record
 from offramp.decide.trace import Trace
-from offramp.errors import TrainingError
+from offramp.errors import DataError, TrainingError
 from offramp.files import replaced
 from offramp.train.checkpoint import FILE_NAME
 from offramp.train.data import distinct
@@ -27,11 +26,25 @@ from offramp.train.loop import fit
 from offramp.train.phases import Phase
 from offramp.train.schemes import Scheme
 from offramp.zoo.images import Batches, Images, open_images
+from offramp.zoo.kept import KIND, TENSORS, write
 from offramp.zoo.recipe import Recipe
 
-__all__ = ["Outcome", "digest", "judge", "note", "plain_phases", "remember", "run", "train"]
+__all__ = [
+    "EXAMPLE",
+    "Outcome",
+    "digest",
+    "judge",
+    "keep",
+    "note",
+    "plain_phases",
+    "refuse_drop",
+    "remember",
+    "run",
+    "train",
+]
 
 TOLERANCE = 0.01  # a loss of accuracy that the verdict accepts in any case, as a share
+EXAMPLE = 4  # calibration samples that are kept with a model
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,7 @@ def run(
     Args:
         recipe: of the system.
         data: folder with the files.
-        out: folder for checkpoint, weights, policy and report.
+        out: folder for checkpoint, model, traces, policy and report.
         epochs: instead of the recipe's.
         seed: of weights, shuffling and the draw of the calibration samples.
         max_accuracy_drop: what the thresholds may cost on the calibration samples, as a share; the
@@ -79,10 +92,11 @@ def run(
         progress: show a bar on standard error.
 
     Raises:
-        DataError: the files are missing or damaged.
+        DataError: the files are missing or damaged, or the drop is no share.
         TrainingError: ``out`` holds another training.
         Infeasible: no thresholds lose so little.
     """
+    refuse_drop(max_accuracy_drop)
     images = open_images(recipe.data, data, seed=seed)
     model = train(recipe, images, out, epochs=epochs, seed=seed, progress=progress)
     traces = [
@@ -90,9 +104,8 @@ def run(
         for name, part in (("calibration", images.calibration), ("test", images.test))
     ]
     policy = recipe.choose(traces[0], max_accuracy_drop)
-    policy.save(out / "policy.json")
     report = judge(traces[1], policy, out, max_accuracy_drop, seed)
-    return Outcome(model, policy, traces[0], traces[1], report)
+    return keep(Outcome(model, policy, traces[0], traces[1], report), out)
 
 
 def train(
@@ -112,7 +125,8 @@ def train(
     Args:
         recipe: of the system.
         images: to train on.
-        out: folder for the checkpoint and ``model.safetensors``.
+        out: folder for the checkpoint and the model, which :func:`offramp.zoo.restoring.restore`
+            reads.
         epochs: instead of the recipe's.
         seed: of weights and shuffling.
         scheme: instead of the recipe's.
@@ -141,9 +155,13 @@ def train(
     )
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     remember(model, _batches(images, images.train))
-    state = model.state_dict().items()
-    with replaced(out / "model.safetensors") as part:
-        save_file({n: v.clone(memory_format=torch.contiguous_format) for n, v in state}, part)
+    about = {
+        "kind": KIND,
+        "system": recipe.name,
+        "classes": model.num_classes,
+        "preprocessing": images.preprocessing(),
+    }
+    write(model, out, about, images.normalise(images.calibration[0][:EXAMPLE]))
     return model.eval()
 
 
@@ -158,7 +176,7 @@ def remember(model: MultiExitModel, batches: Iterable[Any]) -> None:
 
 def _note(recipe: Recipe, images: Images, out: Path) -> None:
     """Keep what a training is made of that its checkpoint does not know, and compare it."""
-    weights = out / "model.safetensors"
+    weights = out / TENSORS
     if weights.is_file() and not (out / FILE_NAME).is_file():
         raise TrainingError(
             f"{weights} is there without {FILE_NAME}, the checkpoint that says how it was trained. "
@@ -224,6 +242,27 @@ def judge(test: Trace, policy: Policy, out: Path, drop: float, seed: int) -> Rep
     with replaced(out / "report.json") as part:
         part.write_text(content, "utf-8")
     return report
+
+
+def keep(made: Outcome, out: Path) -> Outcome:
+    """Write what was chosen, once it is judged, and the traces that it was chosen and judged on."""
+    made.calibration.save(out / "calibration.safetensors")
+    made.test.save(out / "test.safetensors")
+    made.policy.save(out / "policy.json")
+    return made
+
+
+def refuse_drop(drop: float) -> None:
+    """Refuse what is no loss of accuracy, before anything is trained.
+
+    Raises:
+        DataError: it is not from 0 to 1.
+    """
+    if not 0 <= drop <= 1:
+        raise DataError(
+            f"max_accuracy_drop={drop}: expected a share of the samples from 0 to 1; half a point "
+            "of accuracy is 0.005."
+        )
 
 
 def plain_phases(num_exits: int, epochs: int) -> list[Phase]:

@@ -77,8 +77,10 @@ def inception_v1(
 def load_torchvision(model: MultiExitModel, state: Mapping[str, Tensor]) -> None:
     """Put a state dict of torchvision's ``googlenet`` into the model, by name.
 
-    Weights without the auxiliary classifiers (``aux1.*``, ``aux2.*``) leave the heads as they are.
-    Those weights expect images with mean 0.5 and deviation 0.5 in every channel.
+    Weights without the auxiliary classifiers (``aux1.*``, ``aux2.*``) leave the heads as they are,
+    and in those that torchvision publishes these classifiers were never trained: train the heads,
+    ``fit(model, batches, scheme="heads")``, before they answer as exits. The published weights
+    expect images with mean 0.5 and deviation 0.5 in every channel.
 
     Args:
         model: from :func:`inception_v1`, with ``kernel=3`` and as many classes as the weights.

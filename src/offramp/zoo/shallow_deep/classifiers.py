@@ -9,6 +9,7 @@ from torch.nn import functional
 from offramp.build.cost import profile
 from offramp.build.model import MultiExitModel, attach
 from offramp.build.placement import resolve
+from offramp.errors import DataError, HeadError, OfframpError
 from offramp.zoo.resnet import cifar_resnet
 from offramp.zoo.shallow_deep.networks import WideResNet, mobilenet, vgg16
 
@@ -59,24 +60,41 @@ class InternalClassifier(nn.Module):
         return logits
 
 
-def shallow_deep(backbone: nn.Module, size: int = 32) -> MultiExitModel:
+def shallow_deep(backbone: nn.Module, size: int = 32, channels: int = 3) -> MultiExitModel:
     """Give a network its internal classifiers, at the shares of its cost that the paper names.
 
     Args:
-        backbone: from square images (B, 3, size, size) to (B, C) logits, its features square maps.
+        backbone: from square images (B, channels, size, size) to (B, C) logits, its features square
+            maps.
         size: side of the images.
+        channels: of the images; 1 where they are grey.
 
     Raises:
+        DataError: the network does not take such images.
         PlaceError: the network has fewer than six places where an exit can stand.
+        HeadError: what stands at one of these is no square map.
     """
-    example = torch.zeros(2, 3, size, size)
-    found = profile(backbone, (example,))
+    example = torch.zeros(2, channels, size, size)
+    try:
+        found = profile(backbone, (example,))
+    except OfframpError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"{type(backbone).__name__} fails on images {tuple(example.shape)} with "
+            f"{type(error).__name__}: {error}. Pass the size= and channels= of those it takes; "
+            "other networks get exits by attach(network, example)."
+        ) from error
     heads: dict[str, nn.Module] = {}
     for place in resolve(found, SHARES):
         feature = found.calls_of(place.path)[place.call].feature
-        if feature is not None:
-            _, channels, side, _ = feature.shape
-            heads[place.name] = InternalClassifier(channels, side, found.num_classes)
+        shape = () if feature is None else tuple(feature.shape)
+        if len(shape) != 4 or shape[2] != shape[3]:
+            raise HeadError(
+                f"{place.name!r} yields {shape}; an internal classifier reads square maps "
+                "(B, D, S, S). Give such a network exits by attach(network, example)."
+            )
+        heads[place.name] = InternalClassifier(shape[1], shape[2], found.num_classes)
     return attach(backbone, example, exits=heads)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,23 @@ from offramp.train.loop import fit
 from offramp.train.optimizers import adamw
 from offramp.train.phases import Phase
 from offramp.train.schemes import Scheme
-from offramp.zoo.running import Outcome, digest, judge, note, plain_phases, remember
+from offramp.zoo.images import refuse_new_classes
+from offramp.zoo.kept import KIND, write
+from offramp.zoo.running import (
+    EXAMPLE,
+    Outcome,
+    digest,
+    judge,
+    keep,
+    note,
+    plain_phases,
+    refuse_drop,
+    remember,
+)
 from offramp.zoo.text.sentences import Sentences, read_tsv, tokenised
 from offramp.zoo.text.systems import TextSystem, attach_to_layers
 
-__all__ = ["fine_tune", "open_encoder", "open_sentences", "run_text"]
+__all__ = ["bare_encoder", "fine_tune", "open_encoder", "open_sentences", "run_text"]
 
 EPOCHS = 3
 RATE = 5e-5
@@ -54,7 +67,7 @@ def run_text(
             ``train.tsv``, ``dev.tsv`` and ``test.tsv``; or a folder in it.
         encoder: folder with weights, configuration and ``tokenizer.json``, as transformers saves
             them.
-        out: folder for checkpoint, policy and report.
+        out: folder for checkpoint, model, traces, policy and report.
         epochs: of every stage; 3 where ``None``.
         seed: of heads, shuffling, and what is set aside for the rule.
         max_accuracy_drop: what thresholds may cost on the development sentences, as a share; the
@@ -62,16 +75,17 @@ def run_text(
         progress: show a bar on standard error.
 
     Raises:
-        DataError: files are missing or damaged.
+        DataError: files are missing or damaged, or the drop is no share.
         TrainingError: ``out`` holds another training.
         MissingExtra: the package transformers is not installed.
         Infeasible: no thresholds lose so little.
     """
+    refuse_drop(max_accuracy_drop)
     epochs = EPOCHS if epochs is None else epochs
     parts = open_sentences(data, encoder)
     network = open_encoder(encoder, int(parts["train"].labels.max()) + 1, seed)
     begun = digest(network.state_dict().values())
-    inputs, _ = next(iter(replace(parts["dev"], size=4)))
+    inputs, _ = next(iter(replace(parts["dev"], size=EXAMPLE)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = attach_to_layers(network, inputs, system.head)
@@ -79,14 +93,17 @@ def run_text(
     if system.tuned:
         train(out / "plain", plain_phases(model.num_exits, epochs), epochs)
     train(out, system.scheme, epochs)
+    config: Any = network.config
+    config.save_pretrained(out)  # what makes the encoder again
+    about = {"kind": KIND, "system": system.name, "classes": model.num_classes}
+    write(model, out, about, inputs)
     calibration, test = (
         record(model, replace(parts[part], size=64), source=f"{data} ({part})", progress=progress)
         for part in PARTS[1:]
     )
     policy = system.choose(calibration, max_accuracy_drop, seed=seed)
-    policy.save(out / "policy.json")
     report = judge(test, policy, out, max_accuracy_drop, seed)
-    return Outcome(model, policy, calibration, test, report)
+    return keep(Outcome(model, policy, calibration, test, report), out)
 
 
 def open_encoder(folder: Path, classes: int, seed: int = 0) -> nn.Module:
@@ -102,26 +119,67 @@ def open_encoder(folder: Path, classes: int, seed: int = 0) -> nn.Module:
         DataError: the folder holds no encoder that transformers can read.
         MissingExtra: the package transformers is not installed.
     """
-    try:
-        from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
-    except ImportError as error:
-        raise MissingExtra("transformers", "transformers", "A text encoder") from error
-    classifiers: Any = AutoModelForSequenceClassification
-    with torch.random.fork_rng(devices=[]):
+    with _transformers() as package, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            bare = AutoModel.from_pretrained(folder, local_files_only=True)
-            config = AutoConfig.from_pretrained(folder, num_labels=classes, local_files_only=True)
+            bare = package.AutoModel.from_pretrained(folder, local_files_only=True)
+            config = _config(package, folder, num_labels=classes)
             with torch.device("meta"):  # just to know its class
-                made = type(classifiers.from_config(config))
+                made = type(package.AutoModelForSequenceClassification.from_config(config))
             state = bare.state_dict()
             model: nn.Module = made.from_pretrained(None, config=config, state_dict=state)
         except Exception as error:  # transformers hands on what any of its readers raises
-            raise DataError(
-                f"{folder} holds no encoder: {_first_line(error)} Pass the folder that "
-                "save_pretrained wrote: config.json, weights, tokenizer.json."
-            ) from error
+            raise _no_encoder(folder, error) from error
     return model.eval()
+
+
+def bare_encoder(folder: Path) -> nn.Module:
+    """A classifying encoder as a configuration describes it, with weights drawn at random.
+
+    Args:
+        folder: with ``config.json``.
+
+    Raises:
+        DataError: the folder holds no configuration that transformers can read.
+        MissingExtra: the package transformers is not installed.
+    """
+    with _transformers() as package, torch.random.fork_rng(devices=[]):
+        try:
+            config = _config(package, folder)
+            made: nn.Module = package.AutoModelForSequenceClassification.from_config(config)
+        except Exception as error:  # as above
+            raise _no_encoder(folder, error) from error
+    return made.float().eval()
+
+
+@contextmanager
+def _transformers() -> Iterator[Any]:
+    """The package, which for so long shows neither its bars nor what it finds to remark."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("transformers", "transformers", "A text encoder") from error
+    logging: Any = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _config(package: Any, folder: Path, **settings: int) -> Any:  # noqa: ANN401
+    return package.AutoConfig.from_pretrained(folder, local_files_only=True, **settings)
+
+
+def _no_encoder(folder: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{folder} holds no encoder: {_first_line(error)} Pass the folder that save_pretrained "
+        "wrote: config.json, weights, tokenizer.json."
+    )
 
 
 def open_sentences(data: Path, encoder: Path, most: int | None = None) -> dict[str, Sentences]:
@@ -133,7 +191,7 @@ def open_sentences(data: Path, encoder: Path, most: int | None = None) -> dict[s
         most: of each part, at the most.
 
     Raises:
-        DataError: a file is missing or damaged.
+        DataError: a file is missing or damaged, or has a label that no training sentence has.
         MissingExtra: the package transformers, and tokenizers with it, is not installed.
     """
     try:
@@ -151,11 +209,13 @@ def open_sentences(data: Path, encoder: Path, most: int | None = None) -> dict[s
             "tokenizer.json is whole."
         ) from error
     found = {}
-    for part, path in _files(data).items():
+    files = _files(data)
+    for part, path in files.items():
         texts, labels = read_tsv(path)
         found[part] = tokenised(
             tokenizer, texts[:most], labels[:most], length=LENGTH, shuffled=part == "train"
         )
+        refuse_new_classes(found[part].labels, path, found["train"].labels, files["train"])
     return found
 
 

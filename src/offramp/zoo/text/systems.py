@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from offramp.build.batch import as_call
+from offramp.build.cost import profile
 from offramp.build.model import MultiExitModel, attach
 from offramp.decide.calibrate import calibrate
 from offramp.decide.criteria import Criterion, criterion
@@ -129,11 +132,34 @@ def attach_to_layers(
     """An exit after every layer but the last.
 
     Args:
-        encoder: a classifier, such as ``BertForSequenceClassification``.
+        encoder: a classifier, such as ``BertForSequenceClassification``; or one whose layers share
+            their weights, as ALBERT's, and are calls of one module.
         example: inputs of at least two samples, by name.
         head: ``"token"`` reads the first token, ``"pool"`` the mean of those that count.
+
+    Raises:
+        PlaceError: the encoder has neither a list of layers nor a module that runs repeatedly.
     """
-    return attach(encoder, example, exits=layers_of(encoder)[:-1], heads=head)
+    try:
+        layers = layers_of(encoder)
+    except PlaceError:
+        layers = _calls_of_one(encoder, example)
+        if not layers:
+            raise
+    return attach(encoder, example, exits=layers[:-1], heads=head)
+
+
+def _calls_of_one(encoder: nn.Module, example: Mapping[str, object]) -> list[str]:
+    """The calls of the module that costs most of those that run repeatedly, the outermost."""
+    found = profile(encoder, *as_call(example))
+    spent: dict[str, float] = defaultdict(float)
+    for call in found.calls:
+        spent[call.path] += call.cost
+    repeated = [path for path in spent if len(found.calls_of(path)) > 1]
+    if not repeated:
+        return []
+    # What costs the same lies within; calls are in the order in which they began.
+    return [found.name(call) for call in found.calls_of(max(repeated, key=spent.__getitem__))]
 
 
 def truncated(encoder: nn.Module, layers: int) -> nn.Module:
