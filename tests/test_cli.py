@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import offramp
 from offramp.analyse.report import Report
 from offramp.cli import main
-from offramp.cli.app import _exits
+from offramp.cli.app import _HERE, _exits
 from offramp.cli.deploy import class_names
 from offramp.cli.factories import backbone_of
 from offramp.cli.saved import load_model
@@ -702,3 +704,9 @@ def writes():
 
 def test_the_example_is_as_the_factory_made_it():
     assert torch.equal(backbone_of(f"{HERE}:writes")[1], example_of("mlp"))
+
+
+@pytest.mark.parametrize("argument", list(_HERE))
+def test_arguments_that_are_named_otherwise_here_are_in_messages(argument: str) -> None:
+    texts = (path.read_text("utf-8") for path in Path(offramp.__file__).parent.rglob("*.py"))
+    assert sum(argument in text for text in texts) > 1  # not only where it is replaced

@@ -13,6 +13,7 @@ from offramp.build.batch import fingerprints, unpack
 from offramp.build.digest import digest
 from offramp.build.model import attach
 from offramp.decide import Policy, Trace, calibrate
+from offramp.decide.provenance import of_another_network
 from offramp.decide.record import record
 from offramp.errors import DataError, TraceError
 from offramp.run.artifact import export
@@ -100,9 +101,8 @@ def test_thresholds_of_another_network_are_noticed(model, tmp_path):
     x = torch.cat([x for x, _ in batches()])
     trace = record(model, batches(), path=tmp_path / "t.safetensors", progress=False)
     assert Trace.load(tmp_path / "t.safetensors").network == trace.network
-    policy = calibrate(trace.keep_exits([1]), max_cost=0.9)
-    assert Policy.from_json(policy.to_json()).provenance["data"]["network"] == trace.network
     policy = calibrate(trace, max_cost=0.9)
+    assert tuple(Policy.from_json(policy.to_json()).provenance["data"]["network"]) == trace.network
     Runner(model, policy, x)  # no warning
     trained = copy.deepcopy(model)
     with torch.no_grad():
@@ -118,6 +118,19 @@ def test_thresholds_of_another_network_are_noticed(model, tmp_path):
     assert not evaluate(record(model, fresh, progress=False), policy).notes
 
 
+def test_a_network_without_some_of_its_exits_is_no_other(tmp_path):
+    torch.manual_seed(0)
+    whole = attach(make("mlp"), example_of("mlp", 4), exits=2)
+    kept = record(whole, batches(), progress=False).keep_exits([1])
+    policy = calibrate(kept, max_cost=0.9)
+    places, heads = [whole.places[1]], [whole.heads[1]]
+    fewer = attach(whole.detach(), example_of("mlp", 4), exits=places, heads=heads)
+    Runner(fewer, policy, example_of("mlp", 4))  # no warning
+    assert not of_another_network(
+        record(fewer, batches(), progress=False).network, policy.provenance
+    )
+
+
 @pytest.mark.parametrize("kind", ["wrapped", "last", "copied"])
 def test_a_network_is_known_in_any_form(kind):
     torch.manual_seed(0)
@@ -129,6 +142,15 @@ def test_a_network_is_known_in_any_form(kind):
         other = other.to(memory_format=torch.channels_last)
     assert digest(other) == digest(network)
     assert digest(other.to(torch.float16)) != digest(network)
+
+
+def test_statistics_tell_networks_apart_and_counts_do_not():
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    before = digest(network)
+    network[1].num_batches_tracked += 1
+    assert digest(network) == before
+    network[1].running_mean += 1
+    assert digest(network) != before
 
 
 class Interrupted(Exception):

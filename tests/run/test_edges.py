@@ -249,7 +249,10 @@ class Alike(Placed):
 
     def prepared(self, x: Tensor) -> Tensor:
         number = torch.arange(x.shape[0]).float().mean() * 0
-        return x + x.new_zeros(6) + torch.ones(6).type_as(x) + torch.ones(6).to(x) + number
+        of_a_row = x[0].new_ones(6) + torch.zeros_like(x[:1, 0]) + torch.ones_like(x[0]).cumsum(0)
+        return (
+            x + x.new_zeros(6) + torch.ones(6).type_as(x) + torch.ones(6).to(x) + number + of_a_row
+        )
 
 
 def test_types_and_numbers_of_rows_mix_nothing() -> None:
@@ -304,5 +307,7 @@ def test_fused_kernels_may_round_as_their_type_does(dtype: torch.dtype) -> None:
     ("dtype", "allowed"), [(torch.float64, 1e-4), (torch.float32, 1e-4), (torch.float16, 2**-8)]
 )
 def test_engines_may_differ_by_roundings_of_the_type(dtype: torch.dtype, allowed: float) -> None:
-    assert proof.between_engines(nn.Linear(2, 2).to(dtype)) == allowed
+    network = nn.Sequential(nn.Linear(2, 2), nn.PReLU()).to(dtype)
+    network[1].to(torch.bfloat16)  # one coarse number beside the others
+    assert proof.between_engines(network) == allowed
     assert proof.between_engines(nn.ReLU()) == 1e-4

@@ -337,8 +337,8 @@ def _notes(trace: Trace, policy: Policy) -> tuple[str, ...]:
     if of_another_network(trace.network, policy.provenance):
         notes.append(
             "The policy was calibrated on another network than the trace was recorded with (their "
-            "parameters differ), so its thresholds and what it promises are not for this one: "
-            "calibrate on a trace of this network."
+            "weights differ: one was trained anew, or converted), so its thresholds and what it "
+            "promises are not for this one: calibrate on a trace of this network."
         )
     known = seen_before(trace, policy.provenance)
     if known > CHANCE:

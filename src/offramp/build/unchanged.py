@@ -16,7 +16,10 @@ _FULL = (torch.float32, torch.float64)
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Buffers hold afterwards what they held before: some models count or average in every pass."""
+    """Buffers hold afterwards what they held before: some models count or average in every pass.
+
+    But for tables that grow with their input: what stands beside them knows of their new size.
+    """
     held = [
         (module._buffers, name, buffer, buffer.detach().clone(), buffer._version)
         for module in model.modules()
@@ -27,8 +30,13 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for owner, name, buffer, before, version in held:
+            now = owner.get(name)
+            if now is None or now.shape != before.shape or now.dtype != before.dtype:
+                continue
             owner[name] = buffer
-            if buffer._version != version:
+            # An expanded view is restored with what it is a view of.
+            written = buffer._version != version and 0 not in buffer.stride()
+            if written and buffer.shape == before.shape:
                 with torch.no_grad():
                     buffer.copy_(before)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def provenance(trace: Trace, scored: Scored, thresholds: Tensor) -> dict[str, An
         "fingerprint": trace.fingerprint,
     }
     if trace.network is not None:
-        data["network"] = trace.network
+        data["network"] = list(trace.network)
     if trace.inputs is not None:
         data["inputs"] = _some(trace.inputs)
     return {
@@ -83,16 +83,16 @@ def seen_before(trace: Trace, provenance: Mapping[str, Any]) -> float:
     return sum(mark in there for mark in known) / len(known)
 
 
-def of_another_network(network: str | None, provenance: Mapping[str, Any]) -> bool:
-    """Whether thresholds were chosen for other parameters than these, as far as is remembered.
+def of_another_network(network: Sequence[str] | None, provenance: Mapping[str, Any]) -> bool:
+    """Whether thresholds were chosen for other weights than these, as far as is remembered.
 
     Args:
-        network: digest of a network's parameters, ``None`` where it is not known.
+        network: digests of a network's heads and backbone, ``None`` where they are not known.
         provenance: of a policy.
     """
     data = provenance.get("data")
     known = data.get("network") if isinstance(data, Mapping) else None
-    return network is not None and known is not None and network != known
+    return network is not None and isinstance(known, list) and list(network) != known
 
 
 def _cells(scored: Scored, taken: Tensor) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from offramp.build.batch import Batch, fingerprints, unpack
-from offramp.build.digest import digest
+from offramp.build.digest import digests
+from offramp.build.model import MultiExitModel
 from offramp.decide.trace import Trace
 from offramp.errors import DataError, OfframpError, TraceError
 from offramp.files import replaced
@@ -96,7 +97,7 @@ def record(
         source=source or "unknown",
         cascade=costs.cascade,
         inputs=marks,
-        network=digest(model) if isinstance(model, torch.nn.Module) else None,
+        network=digests(model) if isinstance(model, MultiExitModel) else None,
     )
     if path is not None:
         trace.save(path)

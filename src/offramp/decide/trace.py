@@ -44,8 +44,8 @@ class Trace:
             is off.
         inputs: (N,) int64 hash of each sample's input, or ``None``, by which samples that were used
             before are known; :func:`record` keeps them.
-        network: digest of the network's parameters, or ``None``, by which thresholds for another
-            network are noticed; :func:`record` keeps it.
+        network: (E,) digests of each head and of the backbone, or ``None``, by which thresholds
+            for another network are noticed; :func:`record` keeps them.
 
     Raises:
         TraceError: shapes that do not fit, NaN or infinite logits, labels out of range, costs that
@@ -62,7 +62,7 @@ class Trace:
     groups: Tensor | None = None
     cascade: bool = False
     inputs: Tensor | None = None
-    network: str | None = None
+    network: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # frozen for its users; normalised here, once
@@ -211,6 +211,7 @@ class Trace:
             stage_costs=torch.diff(reached, prepend=reached.new_zeros(1)),
             head_costs=heads,
             places=tuple(self.places[k] for k in kept),
+            network=None if self.network is None else tuple(self.network[k] for k in kept),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -262,7 +263,7 @@ class Trace:
             groups=tensors.get("groups"),
             cascade=bool(about.get("cascade", False)),
             inputs=tensors.get("inputs"),
-            network=about.get("network"),
+            network=tuple(known) if (known := about.get("network")) else None,
         )
         if trace.fingerprint != about["fingerprint"]:
             raise TraceError(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offramp.build.digest import digest
+from offramp.build.digest import digests
 from offramp.build.model import MultiExitModel
 from offramp.decide.criteria import Criterion
 from offramp.decide.policy import Policy
@@ -134,12 +134,12 @@ def chain(staged: StagedModel, policy: Policy, num_exits: int) -> list[Step]:
 
 
 def check_network(policy: Policy, model: MultiExitModel) -> None:
-    """Warn of thresholds that were chosen for other parameters, as before it was trained anew."""
-    if of_another_network(digest(model), policy.provenance):
+    """Warn of thresholds that were chosen for other weights, as before it was trained anew."""
+    if of_another_network(digests(model), policy.provenance):
         warnings.warn(
-            "The policy was calibrated on a trace of another network than this one (their "
-            "parameters differ), so its thresholds, and what it promises, are not for this one. "
-            "Record this network and calibrate again.",
+            "The policy was calibrated on a trace of another network than this one (their weights "
+            "differ: one was trained anew, or converted), so its thresholds, and what it "
+            "promises, are not for this one. Record this network and calibrate again.",
             stacklevel=3,
         )
 

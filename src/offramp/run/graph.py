@@ -31,15 +31,18 @@ __all__ = ["cut", "shared_by_rows"]
 
 _aten = torch.ops.aten
 _CONVERTING, _WIDE = {_aten._to_copy, _aten.to}, {torch.int32, torch.int64}
-# What takes no more than a type and a device from another tensor.
+# What takes no more than a shape, a type and a device from another tensor.
 _NO_VALUES = {
+    _aten.empty_like,
+    _aten.full_like,
     _aten.new_empty,
     _aten.new_full,
     _aten.new_ones,
     _aten.new_zeros,
-    _aten.to,
-    _aten.type_as,
+    _aten.ones_like,
+    _aten.zeros_like,
 }
+_LIKE_ANOTHER = {_aten.to, _aten.type_as}  # of the second, only the type
 _LOOKING_UP = {_aten.embedding, _aten.embedding_bag, _aten._embedding_bag}
 # What moves values about and leaves none of them out.
 _SAME_VALUES = {
@@ -194,24 +197,47 @@ def _refusal(error: Exception, where: str) -> str:
 def shared_by_rows(staged: StagedModel) -> str:
     """The first operation that makes one value of all rows of a batch, and its module; else ""."""
     for stage in staged.stages:
-        valued: set[fx.Node] = set()  # what depends on more than sizes
-        nodes = stage.module.graph.nodes if isinstance(stage.module, fx.GraphModule) else ()
-        for node in nodes:
-            size = node.target is _aten.sym_size.int
-            if node.op == "placeholder" or not size and not valued.isdisjoint(node.all_input_nodes):
-                valued.add(node)
-                # Integers that index what a selector takes are of the whole batch, as they should.
-                if _loses_rows(node) and not (staged.selector and _is_integer(node)):
-                    return f"{_maker(node).target} in {module_of(_maker(node))}"
+        if not isinstance(stage.module, fx.GraphModule):
+            continue
+        read, valued = _read(stage.module.graph), set[fx.Node]()  # depends on more than sizes
+        for node in stage.module.graph.nodes:
+            given = node.op == "placeholder"
+            if not given and (_valueless(node) or valued.isdisjoint(node.all_input_nodes)):
+                continue
+            valued.add(node)
+            # Integers that index what a selector takes are of the whole batch, as they should.
+            ours = node in read and not (staged.selector and _is_integer(node))
+            if ours and _loses_rows(node):
+                return f"{_maker(node).target} in {module_of(_maker(node))}"
     return ""
 
 
+def _read(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose values, and not their shapes alone, come into what is returned."""
+    found: set[fx.Node] = set()
+    pending = [node for node in graph.nodes if node.op == "output"]
+    while pending:
+        node = pending.pop()
+        if not _valueless(node):
+            pending += set(node.all_input_nodes) - found
+            found.update(node.all_input_nodes)
+    return found
+
+
+def _valueless(node: fx.Node) -> bool:
+    """Whether a node takes no values from others."""
+    kind = getattr(node.target, "overloadpacket", None)
+    return kind in _NO_VALUES or node.target is _aten.sym_size.int
+
+
 def _loses_rows(node: fx.Node) -> bool:
-    """Whether a tensor without a batch is made of the values of one that has it."""
-    maker = _maker(node)
-    if getattr(maker.target, "overloadpacket", None) in _NO_VALUES or _batch_dims(node) != []:
+    """Whether a tensor without a batch is made of one that has it."""
+    if _batch_dims(node) != []:
         return False
-    return any(_batch_dims(source) for source in maker.all_input_nodes)
+    maker = _maker(node)
+    first_alone = getattr(maker.target, "overloadpacket", None) in _LIKE_ANOTHER
+    sources = maker.all_input_nodes[:1] if first_alone else maker.all_input_nodes
+    return any(_batch_dims(source) for source in sources)
 
 
 def _maker(node: fx.Node) -> fx.Node:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -79,9 +80,13 @@ def _warn_of_mixing(staged: StagedModel) -> None:
 
 
 def between_engines(model: nn.Module) -> float:
-    """What a few roundings come to, in the coarsest type of the model's parameters."""
-    rounded = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
-    return max(TOLERANCE[False], 4 * max(rounded, default=0.0))
+    """What a few roundings come to, in the type that most of the model's parameters have."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    rounding = max((torch.finfo(dtype).eps for dtype, _ in counts.most_common(1)), default=0.0)
+    return max(TOLERANCE[False], 4 * rounding)
 
 
 @contextmanager

@@ -191,12 +191,15 @@ class EpochLoader:
                 f"The {self.role} loader yields no batch in epoch {self.epoch + 1}. "
                 "A generator can be walked only once: give a DataLoader or a list of batches."
             )
-        # The Trainer would wait for the rest: the last step of an epoch and its validation with it.
+        # The Trainer waits for the rest: for the last step of an epoch, and its validation.
         if self.role == "training" and promised is not None and index < promised:
-            raise DataError(
-                f"The training loader promised {promised} batches by its length, but only {index} "
-                f"came in epoch {self.epoch + 1}. Give it a __len__ that is the number of its "
-                "batches, or none at all."
+            warnings.warn(
+                f"The training loader promised {promised} batches by its length before epoch "
+                f"{self.epoch + 1}, but {index} came. So that epoch is not validated, and batches "
+                "that were waiting to be accumulated are left out. Lengths are guesses where an "
+                "IterableDataset has one, or a sampler makes other batches in each epoch: leave "
+                "__len__ out there.",
+                stacklevel=2,
             )
 
     def _read(self, item: Any, index: int) -> Batch:  # noqa: ANN401

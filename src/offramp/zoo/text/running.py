@@ -107,7 +107,7 @@ def run_text(
 
 
 def open_encoder(folder: Path, classes: int, seed: int = 0) -> nn.Module:
-    """An encoder that classifies, in evaluation mode; what follows the encoder is drawn anew.
+    """An encoder that classifies, in single precision and evaluation mode; its head is drawn anew.
 
     Args:
         folder: with weights and configuration, as transformers saves them. A classifier that was
@@ -130,7 +130,7 @@ def open_encoder(folder: Path, classes: int, seed: int = 0) -> nn.Module:
             model: nn.Module = made.from_pretrained(None, config=config, state_dict=state)
         except Exception as error:  # transformers hands on what any of its readers raises
             raise _no_encoder(folder, error) from error
-    return model.eval()
+    return model.float().eval()
 
 
 def bare_encoder(folder: Path) -> nn.Module:
