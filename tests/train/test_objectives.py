@@ -330,7 +330,9 @@ def test_labels_of_any_integers(kind: torch.dtype) -> None:
     assert torch.equal(exit_losses(outputs, labels.to(kind)), exit_losses(outputs, labels))
 
 
-@pytest.mark.parametrize("loss", [ExitLoss(), ExitLoss(Distill()), exit_losses], ids=["plain", "distilled", "function"])
+@pytest.mark.parametrize(
+    "loss", [ExitLoss(), ExitLoss(Distill()), exit_losses], ids=["plain", "distilled", "function"]
+)
 def test_labels_that_are_floats(loss: Any) -> None:
     outputs, labels = case()
     with pytest.raises(DataError, match=r"Labels of type torch.float32 .* labels.long\(\)"):
