@@ -1,4 +1,4 @@
-"""The named systems: BranchyNet's Table I, early exits in a text encoder, recipes of papers.
+"""The named systems: BranchyNet's Table I, its heirs, early exits in text, recipes of papers.
 
     python benchmarks/zoo.py --data DIR --json benchmarks/results/zoo.json
 

@@ -36,7 +36,6 @@ HEIRS = {
     "sdn-vgg16": "shared",
     "sdn-resnet56": "shared",
     "sdn-mobilenet": "shared",
-    "sdn-wrn32-4": "shared",
     "msdnet": "geometric",
 }
 BUDGETS = (0.25, 0.5, 0.75, 1.0)  # of the plain network's cost
