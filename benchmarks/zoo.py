@@ -30,8 +30,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.learning.runs import Keep
 from benchmarks.systems.branchynet import PAPER, SURER, Conditions, measure_branchynet, retimed
-from benchmarks.systems.heirs import HEIRS, HeirConditions, measure_heir, train_heir
-from benchmarks.systems.inception import InceptionConditions, measure_inception
+from benchmarks.systems.conditions import ImageConditions
+from benchmarks.systems.heirs import HEIRS, measure_heir, train_heir
+from benchmarks.systems.inception import measure_inception
 from benchmarks.systems.recipes import measure_recipes
 from benchmarks.systems.text import TextConditions, kept, measure_text
 from benchmarks.traces import FASHION
@@ -122,28 +123,24 @@ def _text(given: argparse.Namespace) -> Row:
 
 
 def _inception(given: argparse.Namespace) -> Row:
-    return measure_inception(
-        InceptionConditions(
-            given.data,
-            _runs(given),
-            epochs=_epochs("inception-v1", given),
-            seconds=_seconds(given, 10.0),
-            images=640 if given.quick else None,
-        )
-    )
+    return measure_inception(_images("inception-v1", given, 10.0))
 
 
 def _heir(name: str, given: argparse.Namespace) -> Row:
-    wanted = HeirConditions(
-        given.data,
-        _runs(given),
-        epochs=_epochs(name, given),
-        seconds=_seconds(given, 5.0),
-        images=640 if given.quick else None,
-    )
+    wanted = _images(name, given, 5.0)
     if given.train:
         return train_heir(name, wanted).how
     return measure_heir(name, wanted)
+
+
+def _images(name: str, given: argparse.Namespace, seconds: float) -> ImageConditions:
+    return ImageConditions(
+        given.data,
+        _runs(given),
+        epochs=_epochs(name, given),
+        seconds=_seconds(given, seconds),
+        images=640 if given.quick else None,
+    )
 
 
 def _runs(given: argparse.Namespace) -> Path:

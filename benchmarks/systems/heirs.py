@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from scipy.stats import mannwhitneyu
 
 import offramp
 from benchmarks.systems.branchynet import WAYS, fewer, judged, timed, trace_of, trained
+from benchmarks.systems.conditions import ImageConditions
 from benchmarks.systems.judging import paired, right_of, share
 from offramp.analyse.overthinking import overthinking
 from offramp.build.model import MultiExitModel
@@ -27,7 +27,7 @@ from offramp.zoo.running import plain_phases
 from offramp.zoo.shallow_deep import confusion
 from offramp.zoo.systems import system
 
-__all__ = ["HEIRS", "HeirConditions", "measure_heir", "train_heir"]
+__all__ = ["HEIRS", "measure_heir", "train_heir"]
 
 Row = dict[str, Any]
 
@@ -42,27 +42,6 @@ BUDGETS = (0.25, 0.5, 0.75, 1.0)  # of the plain network's cost
 # Internal classifiers on the trained network: the optimiser of the paper, and half of the epochs.
 ADAM = partial(torch.optim.Adam, lr=1e-3)
 CLASSES = 10
-
-
-@dataclass(frozen=True)
-class HeirConditions:
-    """How it is measured.
-
-    Attributes:
-        data: folder of the images.
-        runs: where trainings are kept.
-        epochs: of the network with exits, and of the one without.
-        seed: of all.
-        seconds: of timing, for each policy and batch size.
-        images: to train on, at the most.
-    """
-
-    data: Path
-    runs: Path
-    epochs: int
-    seed: int = 0
-    seconds: float = 5.0
-    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +61,7 @@ class Heir:
     how: Row
 
 
-def train_heir(name: str, given: HeirConditions) -> Heir:
+def train_heir(name: str, given: ImageConditions) -> Heir:
     """One system, trained in two or three ways; what is done is read."""
     recipe = system(name)
     images = fewer(open_images(recipe.data, given.data, seed=given.seed), given.images)
@@ -98,7 +77,7 @@ def train_heir(name: str, given: HeirConditions) -> Heir:
     return Heir(images, plain, ways, how)
 
 
-def measure_heir(name: str, given: HeirConditions) -> Row:
+def measure_heir(name: str, given: ImageConditions) -> Row:
     """One system, calibrated, tested and timed."""
     heir = train_heir(name, given)
     plain = heir.plain

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import offramp
 from benchmarks.learning.frontiers import BUDGETS, curve, fronts_of
 from benchmarks.learning.gradients import Norms, read_norms
 from benchmarks.systems.branchynet import fewer, judged, timed, trace_of, trained
+from benchmarks.systems.conditions import ImageConditions
 from benchmarks.systems.judging import paired, right_of, share
 from offramp.build.model import MultiExitModel
 from offramp.decide import Criterion, Trace, criterion
@@ -23,34 +24,13 @@ from offramp.zoo.recipe import Recipe
 from offramp.zoo.running import plain_phases
 from offramp.zoo.systems import system
 
-__all__ = ["InceptionConditions", "measure_inception"]
+__all__ = ["measure_inception"]
 
 Row = dict[str, Any]
 SHOWN = (0.5, 0.75, 0.9, 1.0)  # shares of the plain network's cost
 
 
-@dataclass(frozen=True)
-class InceptionConditions:
-    """How it is measured.
-
-    Attributes:
-        data: folder of the archive.
-        runs: where trainings are kept.
-        epochs: of both trainings.
-        seed: of both.
-        seconds: of timing, for each batch size.
-        images: to train on, at the most.
-    """
-
-    data: Path
-    runs: Path
-    epochs: int
-    seed: int = 0
-    seconds: float = 10.0
-    images: int | None = None
-
-
-def measure_inception(given: InceptionConditions) -> Row:
+def measure_inception(given: ImageConditions) -> Row:
     """Trained twice with the same budget; accuracy, gradients, and the classifiers as exits."""
     recipe = system("inception-v1")
     images = fewer(open_images(recipe.data, given.data, seed=given.seed), given.images)
